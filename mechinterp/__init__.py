@@ -1,0 +1,98 @@
+"""Mechanistic interpretability built on hooks: patch activations, discover circuits, judge and draw them.
+
+>>> import mechinterp as mi
+>>> toy = mi.toys.induction()
+>>> effects = mi.patch(toy.model, toy.task, "L*.H*.z")
+>>> circuit = mi.discover(toy.model, toy.task, edges=12)
+
+Names are loaded when they are first used, so that the import itself is light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechinterp import tasks as tasks
+    from mechinterp import toys as toys
+    from mechinterp.core.audit import Audit as Audit
+    from mechinterp.core.audit import audit as audit
+    from mechinterp.core.edits import Add as Add
+    from mechinterp.core.edits import Call as Call
+    from mechinterp.core.edits import Edit as Edit
+    from mechinterp.core.edits import Project as Project
+    from mechinterp.core.edits import Replace as Replace
+    from mechinterp.core.edits import Scale as Scale
+    from mechinterp.core.edits import Zero as Zero
+    from mechinterp.core.edits import edit_from_json as edit_from_json
+    from mechinterp.core.effects import Effects as Effects
+    from mechinterp.core.hooks import HookRegistry as HookRegistry
+    from mechinterp.core.model import Model as Model
+    from mechinterp.core.run import Cache as Cache
+    from mechinterp.core.run import Run as Run
+    from mechinterp.core.run import run as run
+    from mechinterp.core.select import Selection as Selection
+    from mechinterp.core.select import select as select
+    from mechinterp.core.sites import Site as Site
+    from mechinterp.discovery.describe import HeadStory as HeadStory
+    from mechinterp.discovery.describe import describe as describe
+    from mechinterp.discovery.discover import discover as discover
+    from mechinterp.discovery.evaluate import Report as Report
+    from mechinterp.discovery.evaluate import evaluate as evaluate
+    from mechinterp.discovery.running import CircuitRuns as CircuitRuns
+    from mechinterp.discovery.running import run_circuits as run_circuits
+    from mechinterp.errors import MechInterpError as MechInterpError
+    from mechinterp.graph import Circuit as Circuit
+    from mechinterp.graph import Diagram as Diagram
+    from mechinterp.graph import Edge as Edge
+    from mechinterp.graph import GraphShape as GraphShape
+    from mechinterp.graph import computation_graph as computation_graph
+    from mechinterp.graph import draw as draw
+    from mechinterp.graph import random_edges as random_edges
+    from mechinterp.patching.activation import patch as patch
+    from mechinterp.patching.attribution import attribute as attribute
+    from mechinterp.tasks import Metric as Metric
+    from mechinterp.tasks import Task as Task
+    from mechinterp.zoo import load as load
+
+_HOMES = {
+    "core.audit": ("Audit", "audit"),
+    "core.edits": ("Add", "Call", "Edit", "Project", "Replace", "Scale", "Zero", "edit_from_json"),
+    "core.effects": ("Effects",),
+    "core.hooks": ("HookRegistry",),
+    "core.model": ("Model",),
+    "core.run": ("Cache", "Run", "run"),
+    "core.select": ("Selection", "select"),
+    "core.sites": ("Site",),
+    "discovery.describe": ("HeadStory", "describe"),
+    "discovery.discover": ("discover",),
+    "discovery.evaluate": ("Report", "evaluate"),
+    "discovery.running": ("CircuitRuns", "run_circuits"),
+    "errors": ("MechInterpError",),
+    "graph": ("Circuit", "Diagram", "Edge", "GraphShape", "computation_graph", "draw", "random_edges"),
+    "patching.activation": ("patch",),
+    "patching.attribution": ("attribute",),
+    "tasks": ("Metric", "Task"),
+    "zoo": ("load",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+
+__all__ = sorted([*_HOME_OF, "tasks", "toys"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(import_module(f"mechinterp.{_HOME_OF[name]}"), name)
+    elif name in ("tasks", "toys"):
+        value = import_module(f"mechinterp.{name}")
+    else:
+        raise AttributeError(f"mechinterp has no {name!r}; it has {', '.join(__all__)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""Models and hooks: the torch island. Knows no task, no graph, no method."""

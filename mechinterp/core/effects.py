@@ -1,0 +1,198 @@
+"""Numbers with named axes: what patching and attribution give."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mechinterp.errors import EditError, MissingExtraError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["Effects"]
+
+Label = int | str | tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """A number for each cell of a sweep, and for each prompt.
+
+    Parameters
+    ----------
+    quantity
+        What the numbers are, in words.
+    axes
+        Names of the axes of ``values``: ``("layer", "head")``, ``("layer", "pos")``, ``("site",)``, ``("node",)`` or ``("edge",)``.
+    coords
+        For each axis the label of each index: numbers, or names; for edges the triple ``(src, dst, port)``.
+    per_example
+        ``[*axes, batch]``: one number for each cell and prompt. ``values`` is its mean over the prompts.
+    baseline
+        Mean metric of the runs that the numbers compare: ``clean`` and ``corrupt``.
+    provenance
+        Model, task, method, direction, metric, versions, cost in forward passes.
+    """
+
+    quantity: str
+    axes: tuple[str, ...]
+    coords: Mapping[str, tuple[Label, ...]]
+    per_example: Tensor
+    baseline: Mapping[str, float] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = [len(self.coords[axis]) for axis in self.axes]
+        if list(self.per_example.shape[:-1]) != sizes:
+            raise EditError(f"values of shape {list(self.per_example.shape)} do not fit axes {self.axes} of sizes {sizes}")
+
+    @property
+    def values(self) -> Tensor:
+        """``[*axes]``: the mean over prompts, in float32."""
+        return self.per_example.float().mean(dim=-1)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """``[*axes]``: of the mean over prompts; nan for a single prompt."""
+        n = self.per_example.shape[-1]
+        return self.per_example.float().std(dim=-1) / n**0.5
+
+    def __sub__(self, other: Effects) -> Effects:
+        """Cell by cell, for instance an estimate minus the exact effect. Both must have the same axes and labels."""
+        if self.axes != other.axes or dict(self.coords) != dict(other.coords):
+            raise EditError(f"cannot subtract effects over {other.axes} from effects over {self.axes} with other labels")
+        return Effects(
+            f"{self.quantity} minus {other.quantity}",
+            self.axes,
+            self.coords,
+            self.per_example - other.per_example,
+            self.baseline,
+            {"minuend": dict(self.provenance), "subtrahend": dict(other.provenance)},
+        )
+
+    def label(self, index: int) -> str:
+        """The name of a cell by its flat index."""
+        where = torch.unravel_index(torch.tensor(index), self.values.shape)
+        parts = [self.coords[axis][int(i)] for axis, i in zip(self.axes, where, strict=True)]
+        if self.axes in (("site",), ("node",)):
+            return str(parts[0])
+        if self.axes == ("edge",):
+            src, dst, port = parts[0]  # type: ignore[misc]
+            return f"{src}->{dst}" + (f"<{port}>" if port != "in" else "")
+        short = {"layer": "L{}", "head": "H{}", "kv_head": "KV{}", "neuron": "N{}", "pos": "[{}]"}
+        name = self.provenance.get("site", "")
+        words = [short.get(axis, axis + " {}").format(part) for axis, part in zip(self.axes, parts, strict=True) if axis != "pos"]
+        tail = [f"[{part}]" for axis, part in zip(self.axes, parts, strict=True) if axis == "pos"]
+        return ".".join([*words, str(name)] if name else words) + "".join(tail)
+
+    def top(self, k: int = 10) -> list[tuple[str, float]]:
+        """The ``k`` cells of largest absolute value, strongest first."""
+        flat = self.values.flatten()
+        order = flat.abs().nan_to_num(-1.0).argsort(descending=True, stable=True)[:k]
+        return [(self.label(int(i)), float(flat[i])) for i in order]
+
+    def as_dict(self) -> dict[Label, float]:
+        """Label to value, for effects with one axis (edges, nodes, sites)."""
+        if len(self.axes) != 1:
+            raise EditError(f"effects over {self.axes} have no single label per cell; use to_frame()")
+        return dict(zip(self.coords[self.axes[0]], self.values.tolist(), strict=True))
+
+    def to_frame(self) -> pd.DataFrame:
+        """A table: a column for each axis (``src dst port`` for edges), ``value`` and ``standard_error``."""
+        try:
+            import pandas as pd
+        except ImportError:
+            raise MissingExtraError("tables need pandas: pip install pandas") from None
+        values, errors = self.values.flatten().tolist(), self.standard_error.flatten().tolist()
+        if self.axes == ("edge",):
+            frame = pd.DataFrame(list(self.coords["edge"]), columns=["src", "dst", "port"])
+        else:
+            index = pd.MultiIndex.from_product([self.coords[axis] for axis in self.axes], names=self.axes)
+            frame = index.to_frame(index=False)
+        return frame.assign(value=values, standard_error=errors)
+
+    def plot(self) -> Figure:
+        """A heat map (two axes) or the strongest cells as bars, as a matplotlib figure.
+
+        Blue is positive and orange negative, symmetric about zero; both survive print and common colour blindness.
+        """
+        try:
+            from matplotlib.figure import Figure as MplFigure
+        except ImportError:
+            raise MissingExtraError("plots need matplotlib: pip install matplotlib") from None
+        if len(self.axes) == 2:
+            return self._heatmap(MplFigure)
+        return self._bars(MplFigure)
+
+    def _heatmap(self, figure_class: Any) -> Any:
+        values = self.values.cpu()
+        rows, columns = values.shape
+        figure = figure_class(figsize=(min(9.0, 2.2 + 0.28 * columns), min(8.0, 1.4 + 0.2 * rows)), layout="constrained")
+        axes = figure.add_subplot()
+        largest = float(values.abs().nan_to_num(0).max()) or 1.0
+        image = axes.imshow(values, cmap=_colours(), vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
+        for axis, setter, size in ((self.axes[0], axes.set_yticks, rows), (self.axes[1], axes.set_xticks, columns)):
+            step = max(1, -(-size // 16))
+            ticks = list(range(0, size, step))
+            setter(ticks, [str(self.coords[axis][i]) for i in ticks])
+        axes.set_xlabel(self.axes[1])
+        axes.set_ylabel(self.axes[0])
+        axes.set_title(self._title(), fontsize=9)
+        figure.colorbar(image, ax=axes, label=self._unit())
+        return figure
+
+    def _bars(self, figure_class: Any) -> Any:
+        top = self.top(20)[::-1]
+        figure = figure_class(figsize=(6.0, 0.9 + 0.22 * len(top)), layout="constrained")
+        axes = figure.add_subplot()
+        colours = ["#2166ac" if value >= 0 else "#d95f02" for _, value in top]
+        axes.barh([name for name, _ in top], [value for _, value in top], color=colours)
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.set_xlabel(self._unit())
+        axes.set_title(self._title(), fontsize=9)
+        axes.tick_params(axis="y", labelsize=8)
+        return figure
+
+    def _unit(self) -> str:
+        return "normalised effect" if self.provenance.get("normalized", False) else str(self.provenance.get("metric", "effect"))
+
+    def _title(self) -> str:
+        task, model = self.provenance.get("task"), self.provenance.get("model")
+        return self.quantity + (f"\n{task}, {model}" if task else "")
+
+    def _repr_svg_(self) -> str | None:
+        try:
+            figure = self.plot()
+        except MissingExtraError:
+            return None
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg")
+        # A notebook shows the element alone; the XML header and its addresses are not needed.
+        text = buffer.getvalue()
+        return text[text.index("<svg") :]
+
+    def _repr_html_(self) -> str:
+        picture = self._repr_svg_()
+        if picture is not None:
+            return f"<div>{picture}<pre>{escape(repr(self))}</pre></div>"
+        rows = "".join(f"<tr><td>{escape(name)}</td><td>{value:+.4f}</td></tr>" for name, value in self.top(20))
+        return f"<pre>{escape(repr(self))}</pre><table>{rows}</table>"
+
+    def __repr__(self) -> str:
+        shape = " x ".join(f"{len(self.coords[axis])} {axis}" for axis in self.axes)
+        strongest = ", ".join(f"{name} {value:+.3f}" for name, value in self.top(3))
+        return f"Effects: {self.quantity}; {shape}, {self.per_example.shape[-1]} prompts; strongest {strongest}"
+
+
+def _colours() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("orange_white_blue", ["#b35806", "#f1a340", "#ffffff", "#6a9fcf", "#2166ac"])

@@ -1,0 +1,166 @@
+"""From a hub name, a folder, a GGUF file, a live module or a bridge to a `Model`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mechinterp.core.model import Model, ModelConfig
+from mechinterp.errors import ModelError
+
+__all__ = ["load_model", "wrap"]
+
+Source = str | os.PathLike[str] | nn.Module | Model
+
+
+def load_model(
+    source: Source,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: Any = None,
+    name: str | None = None,
+) -> Model:
+    """A `Model` of a hub name, folder, GGUF file, Hugging Face module or bridge; see `mechinterp.load`."""
+    if isinstance(source, Model):
+        return source
+    if isinstance(source, nn.Module):
+        module, found = source, None
+        default_name = type(source).__name__
+    elif str(source).endswith(".gguf"):
+        from mechinterp.core.gguf import load_gguf
+
+        module, found, _ = load_gguf(Path(source))
+        default_name = Path(source).stem
+    else:
+        module, found = _from_pretrained(str(source))
+        default_name = Path(str(source)).name if Path(str(source)).is_dir() else str(source)
+    if _is_bridge(module):
+        found = tokenizer or module.tokenizer
+    elif device is not None or dtype is not None:
+        module = module.to(device=device, dtype=dtype)
+    return wrap(module, tokenizer=tokenizer or found, name=name or default_name)
+
+
+def _is_bridge(module: nn.Module) -> bool:
+    return type(module).__name__ == "TransformerBridge"
+
+
+def _from_pretrained(source: str) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        # Float32 unless asked otherwise: effects are differences of close numbers.
+        module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot load {source!r}: it is no local folder with a model, and the model hub did not give it "
+            f"({str(error).splitlines()[0][:200]}). Offline, use mi.load('smollm2') or mi.load('toy:induction'), or copy the "
+            "model folder here (config.json, *.safetensors, tokenizer.json) and pass its path"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        tokenizer = None
+    return module, tokenizer
+
+
+def wrap(module: nn.Module, *, tokenizer: Any = None, name: str) -> Model:
+    """A `Model` around a live Hugging Face module or a bridge.
+
+    The module is bridged in place, as `transformer_lens` does: its weights stay, its submodules get hook points.
+
+    Raises
+    ------
+    ModelError
+        `transformer_lens` has no adapter for the architecture, or the bridge's weights were processed one-way.
+    """
+    if _is_bridge(module):
+        bridge: Any = module
+        if getattr(bridge, "compatibility_mode", False):
+            raise ModelError(
+                f"{name} is a bridge in compatibility mode: its weights were folded and centred, so it is another "
+                "parametrisation of the model. Pass a fresh bridge, without enable_compatibility_mode()"
+            )
+    else:
+        bridge = _bridge(module, name)
+    module = bridge.original_model
+    module.eval()
+    return Model(bridge=bridge, tokenizer=tokenizer, name=name, cfg=_config(bridge))
+
+
+def _bridge(module: nn.Module, name: str) -> Any:
+    config = getattr(module, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        raise ModelError(f"{type(module).__name__} is not a Hugging Face transformer: it has no config; pass a PreTrainedModel")
+    existing = getattr(module, "_mechinterp_bridge", None)
+    if existing is not None:
+        # Bridging twice would wrap the hook points of the first time.
+        return existing
+    with _quiet():
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+        # A fused attention kernel shows no scores and no pattern to hook.
+        config._attn_implementation = "eager"
+        try:
+            bridge = build_bridge_from_module(module, type(module).__name__, hf_config=config, model_name=name)
+        except (ValueError, KeyError, RuntimeError, AttributeError) as error:
+            raise ModelError(
+                f"transformer_lens cannot wrap {type(module).__name__} ({config.model_type}): {error}. "
+                "See transformer_lens.model_bridge.sources.list_supported_models()"
+            ) from error
+    object.__setattr__(module, "_mechinterp_bridge", bridge)
+    return bridge
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformer_lens sets its log level on import; the caller's logging stays as it was."""
+    root, level = logging.getLogger(), logging.getLogger().level
+    handlers = list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+
+
+def _config(bridge: Any) -> ModelConfig:
+    given, module = bridge.cfg, bridge.original_model
+    hf = getattr(module.config, "text_config", module.config)
+    blocks = list(bridge.blocks)
+    n_kv = getattr(given, "n_key_value_heads", None) or given.n_heads
+    first = blocks[0]
+    return ModelConfig(
+        architecture=type(module).__name__,
+        n_layers=given.n_layers,
+        n_heads=given.n_heads,
+        n_kv_heads=int(n_kv),
+        d_model=given.d_model,
+        d_head=given.d_head,
+        d_mlp=int(given.d_mlp or 4 * given.d_model),
+        d_vocab=given.d_vocab,
+        n_ctx=int(getattr(hf, "max_position_embeddings", None) or getattr(hf, "n_positions", None) or given.n_ctx),
+        norm="rms" if given.uses_rms_norm else "ln",
+        positional={"standard": "learned"}.get(given.positional_embedding_type, given.positional_embedding_type),
+        parallel=bool(given.parallel_attn_mlp),
+        attn_only=all(_writes_nothing(block) for block in blocks),
+        post_norm=hasattr(first, "ln1_post") or hasattr(first, "ln2_post"),
+    )
+
+
+def _writes_nothing(block: Any) -> bool:
+    """Whether the MLP's last projection is exactly zero, so that the block is attention only."""
+    out = getattr(getattr(block, "mlp", None), "out", None)
+    module = getattr(out, "original_component", None)
+    if module is None or not hasattr(module, "weight"):
+        return False
+    parts = [module.weight, getattr(module, "bias", None)]
+    return not any(bool((part != 0).any()) for part in parts if part is not None)

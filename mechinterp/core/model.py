@@ -1,0 +1,224 @@
+"""The adapter over a loaded transformer: one vocabulary for every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechinterp.core.sites import KINDS
+from mechinterp.errors import ModelError, SiteError
+
+__all__ = ["Model", "ModelConfig"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model, in the words of `mechinterp.shapes`.
+
+    ``parallel``: attention and MLP of a block read the same residual stream.
+    ``attn_only``: every MLP writes exactly zero, so the computation graph has no MLP nodes.
+    ``post_norm``: attention and MLP outputs pass a norm before they are added (Gemma 2, OLMo 2).
+    """
+
+    architecture: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    norm: str
+    positional: str
+    parallel: bool = False
+    attn_only: bool = False
+    post_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map of an attention layer, split by head.
+
+    ``weight`` is ``[head, d_in, d_out]``; ``bias`` is ``[head, d_out]``, or ``None``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(eq=False)
+class Model:
+    """A transformer that can be read and edited by site.
+
+    Made by `mechinterp.load`; called with tokens ``[batch pos]`` it gives logits ``[batch pos vocab]``.
+
+    Parameters
+    ----------
+    bridge
+        The `transformer_lens` bridge around the Hugging Face model.
+    tokenizer
+        A Hugging Face tokenizer, or ``None``.
+    name
+        What results call this model.
+    cfg
+        Its shape.
+    """
+
+    bridge: Any
+    tokenizer: Any
+    name: str
+    cfg: ModelConfig
+    _points: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    _projections: dict[tuple[int, str], Projection] = field(default_factory=dict, repr=False)
+    _audit: Any = field(default=None, repr=False)
+
+    @property
+    def hf(self) -> Any:
+        """The Hugging Face module. Calling it fires the same hooks."""
+        return self.bridge.original_model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.hf.parameters()).dtype
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the activations that this model has and the audit has proved."""
+        return tuple(name for name in KINDS if name not in self.audit.refused)
+
+    @property
+    def audit(self) -> Any:
+        """What was proved of each site, made once (`mechinterp.audit`)."""
+        if self._audit is None:
+            from mechinterp.core.audit import audit
+
+            self._audit = audit(self)
+        return self._audit
+
+    def __call__(self, tokens: Tensor, *, keep: Iterable[int] | None = None) -> Tensor:
+        """Logits of these tokens.
+
+        Parameters
+        ----------
+        tokens
+            ``[batch pos]`` ids. Rows of unequal length are padded on the *right*: attention is causal,
+            so no real position ever sees the padding and no mask is needed.
+        keep
+            Positions to unembed, ascending (default: all). Saves the largest matrix product where a metric reads one position.
+
+        Returns
+        -------
+        Tensor
+            ``[batch pos vocab]``, or ``[batch len(keep) vocab]``.
+        """
+        self.check_tokens(tokens)
+        # A KV cache would be appended to on every replay; nothing here ever wants one.
+        options: dict[str, Any] = {"use_cache": False}
+        if keep is not None:
+            options["logits_to_keep"] = torch.tensor(list(keep), device=self.device)
+        return self.hf(input_ids=tokens.to(self.device), **options).logits
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise `ModelError` unless these are token ids of this model."""
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ModelError(
+                f"tokens are {tokens.dtype} of shape {list(tokens.shape)}, not whole numbers [batch pos]; "
+                "make them with model.tokens(texts)"
+            )
+        if tokens.shape[1] > self.cfg.n_ctx:
+            raise ModelError(f"{tokens.shape[1]} tokens do not fit {self.name}, which reads at most {self.cfg.n_ctx}")
+        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.cfg.d_vocab):
+            raise ModelError(
+                f"token ids reach from {int(tokens.min())} to {int(tokens.max())}, but {self.name} knows 0 to "
+                f"{self.cfg.d_vocab - 1}; were they made with another tokenizer?"
+            )
+
+    def tokens(self, texts: str | list[str], *, bos: bool = True) -> Tensor:
+        """Token ids ``[batch pos]`` of texts of equal token length, with the BOS token in front.
+
+        Raises
+        ------
+        ModelError
+            The model has no tokenizer, or the texts differ in length (use `Task`, which pads).
+        """
+        if self.tokenizer is None:
+            raise ModelError(f"{self.name} has no tokenizer; pass one: mi.load(..., tokenizer=tokenizer)")
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in listed]
+        if bos and self.tokenizer.bos_token_id is not None:
+            rows = [[self.tokenizer.bos_token_id, *row] for row in rows]
+        lengths = sorted({len(row) for row in rows})
+        if len(lengths) != 1:
+            raise ModelError(f"the texts have {lengths} tokens; give texts of one length, or one text at a time")
+        return torch.tensor(rows, device=self.device)
+
+    def point(self, name: str, layer: int | None = None) -> nn.Module:
+        """The hook point of that name; `SiteError` where the architecture lacks it."""
+        if not self._points:
+            # hook_dict is rebuilt on every access; under compatibility mode the same points stay.
+            self._points.update(self.bridge.hook_dict)
+        full = name.format(layer)
+        try:
+            return self._points[full]
+        except KeyError:
+            raise SiteError(f"{self.name} ({self.cfg.architecture}) has no hook point {full!r}") from None
+
+    def block(self, layer: int) -> Any:
+        """The bridge's block."""
+        return self.bridge.blocks[layer]
+
+    def norm(self, which: str, layer: int | None = None) -> nn.Module:
+        """The norm module in front of ``"attn"`` or ``"mlp"`` of a layer, or the ``"final"`` one, without hooks."""
+        if which == "final":
+            owner, name = self.bridge, "ln_final"
+        else:
+            owner, name = self.block(layer or 0), "ln1" if which == "attn" else "ln2"
+        norm = getattr(owner, name, None)
+        if norm is None and which == "mlp" and self.cfg.parallel:
+            # Falcon, Phi and GPT-J share one norm between attention and MLP.
+            norm = getattr(owner, "ln1", None)
+        if norm is None:
+            raise SiteError(f"{self.name} ({self.cfg.architecture}) has no norm in front of {which}")
+        return norm.original_component
+
+    def projection(self, layer: int, which: str) -> Projection:
+        """``"q"``, ``"k"``, ``"v"`` or ``"o"`` of one layer, split by head.
+
+        ``o`` maps ``[head, d_head, d_model]``; its bias belongs to no head and is left out here.
+        """
+        key = (layer, which)
+        if key not in self._projections:
+            module = getattr(self.block(layer).attn, which).original_component
+            # Hugging Face's Conv1D (GPT-2) keeps [in out], torch's Linear [out in].
+            weight = module.weight if type(module).__name__ == "Conv1D" else module.weight.T
+            heads = self.cfg.n_heads if which in "qo" else self.cfg.n_kv_heads
+            if which == "o":
+                split = weight.reshape(heads, self.cfg.d_head, -1)
+                self._projections[key] = Projection(split.detach(), None)
+            else:
+                split = weight.reshape(-1, heads, self.cfg.d_head).permute(1, 0, 2)
+                bias = getattr(module, "bias", None)
+                shaped = None if bias is None else bias.detach().reshape(heads, self.cfg.d_head)
+                self._projections[key] = Projection(split.detach(), shaped)
+        return self._projections[key]
+
+    def describe(self) -> dict[str, object]:
+        """Name, shape, device and dtype, for the provenance of results."""
+        return {"name": self.name, "device": str(self.device), "dtype": str(self.dtype), **asdict(self.cfg)}
+
+    def __repr__(self) -> str:
+        c = self.cfg
+        heads = f"{c.n_heads} heads" + (f" ({c.n_kv_heads} KV)" if c.n_kv_heads != c.n_heads else "")
+        return (
+            f"Model {self.name}: {c.architecture}, {c.n_layers} layers, {heads}, d_model {c.d_model}, "
+            f"vocabulary {c.d_vocab}, {self.dtype} on {self.device}".replace("torch.", "")
+        )

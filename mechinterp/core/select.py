@@ -1,0 +1,233 @@
+"""Patterns parsed once into sets of sites: ``"L0-5.H*.z"``, ``"L9.H6.z[-1]"``, ``"L*.mlp_out | embed"``.
+
+Grammar
+-------
+``pattern``  one or more terms joined by ``|``
+``term``     ``[Llayers.][Hheads.|KVheads.][Nneurons.]name[positions]``
+``indices``  ``*`` (all), ``3``, ``-1`` (from the end), ``0-5`` (both included), ``1,3,5-7``
+``positions``  inside brackets: the same, ``2:5`` (end excluded), or the name of a position of the task
+
+Omitting a head, neuron or position means the whole axis in one site; ``*`` means each one separately.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+from mechinterp.core.sites import KINDS, Site, kind_of
+from mechinterp.errors import SelectorError, SiteError, did_you_mean
+
+__all__ = ["Selection", "select"]
+
+_TERM = re.compile(
+    r"""^\s*
+    (?:L(?P<layer>[^.\[\]]+)\.)?
+    (?:(?P<axis>H|KV)(?P<head>[^.\[\]A-Za-z]+)\.)?
+    (?:N(?P<neuron>[^.\[\]A-Za-z]+)\.)?
+    (?P<name>[A-Za-z_]\w*)
+    (?:\[(?P<pos>[^\[\]]+)\])?
+    \s*$""",
+    re.VERBOSE,
+)
+_INTEGER = re.compile(r"-?\d+")
+_RANGE = re.compile(r"(\d+)-(\d+)")
+
+
+class Sized(Protocol):
+    """What a selector needs to know of a model."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """An ordered set of sites, with set algebra.
+
+    Examples
+    --------
+    >>> both = Selection((Site("mlp_out", 0), Site("mlp_out", 1)))
+    >>> both - Selection((Site("mlp_out", 1),))
+    Selection(L0.mlp_out)
+    """
+
+    sites: tuple[Site, ...]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self.sites
+
+    def __or__(self, other: Selection) -> Selection:
+        return Selection(tuple(dict.fromkeys(self.sites + other.sites)))
+
+    def __and__(self, other: Selection) -> Selection:
+        return Selection(tuple(site for site in self.sites if site in set(other.sites)))
+
+    def __sub__(self, other: Selection) -> Selection:
+        return Selection(tuple(site for site in self.sites if site not in set(other.sites)))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(str(site) for site in self.sites[:6])
+        return f"Selection({shown}{f', ... {len(self)} sites' if len(self) > 6 else ''})"
+
+
+def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized) -> Selection:
+    """Which activations does this pattern name, on a model of this shape?
+
+    Parameters
+    ----------
+    pattern
+        A pattern (see the module's grammar), a `Site`, a `Selection`, or several of them.
+    cfg
+        The shape of the model: ``model.cfg``.
+
+    Raises
+    ------
+    SelectorError
+        The pattern cannot be read, names a layer, head or neuron that the model does not have, or nothing.
+    SiteError
+        The activation's name is unknown.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> cfg = SimpleNamespace(n_layers=12, n_heads=12, n_kv_heads=12, d_model=768, d_head=64, d_mlp=3072)
+    >>> select("L9,10.H6.z[-1]", cfg)
+    Selection(L9.H6.z[-1], L10.H6.z[-1])
+    >>> len(select("L*.H*.z | L*.mlp_out", cfg))
+    156
+    """
+    if isinstance(pattern, Selection):
+        return Selection(tuple(_checked(site, cfg) for site in pattern))
+    if isinstance(pattern, Site):
+        return Selection((_checked(pattern, cfg),))
+    if isinstance(pattern, str):
+        sizes = tuple(int(getattr(cfg, name)) for name in Sized.__annotations__)
+        return _parse(pattern, sizes)
+    found = Selection(())
+    for part in pattern:
+        found = found | select(part, cfg)
+    if not found.sites:
+        raise SelectorError("an empty list selects nothing; name at least one site, such as 'L*.resid_post'")
+    return found
+
+
+def _checked(site: Site, cfg: Sized) -> Site:
+    return select(str(site), cfg).sites[0]
+
+
+@lru_cache(maxsize=1024)
+def _parse(pattern: str, sizes: tuple[int, ...]) -> Selection:
+    size = dict(zip(Sized.__annotations__, sizes, strict=True))
+    sites: dict[Site, None] = {}
+    for term in pattern.split("|"):
+        match = _TERM.match(term)
+        if match is None:
+            raise SelectorError(
+                f"cannot read {term.strip()!r} in {pattern!r}; write it like 'L0-5.H*.z', 'L9.H6.z[-1]' or 'L*.mlp_out'"
+            )
+        sites.update(dict.fromkeys(_expand(match, term.strip(), size)))
+    return Selection(tuple(sites))
+
+
+def _expand(match: re.Match[str], term: str, size: dict[str, int]) -> Iterator[Site]:
+    try:
+        kind = kind_of(match["name"])
+    except SiteError as error:
+        raise SiteError(f"in {term!r}: {error}") from None
+    if kind.per_layer and match["layer"] is None:
+        raise SelectorError(f"{term!r} needs a layer: write 'L*.{term}' for all, or 'L0.{term}' for the first")
+    if not kind.per_layer and match["layer"] is not None:
+        raise SelectorError(f"{kind.name!r} has no layers: write {kind.name!r}, not {term!r}")
+    layers = _indices(match["layer"], size["n_layers"], "layer", term) if kind.per_layer else [None]
+    heads: list[int | None] = [None]
+    if match["head"] is not None:
+        wanted = {"head": "H", "kv_head": "KV"}.get(kind.head_axis or "")
+        if wanted is None:
+            per_head = [name for name, other in KINDS.items() if other.head_axis]
+            raise SelectorError(f"{kind.name!r} is not split by head in {term!r}; per head there are: {', '.join(per_head)}")
+        n_heads = size["n_heads" if wanted == "H" else "n_kv_heads"]
+        # Without grouped queries a KV head and a head are the same thing, and people write H.
+        if match["axis"] != wanted and size["n_heads"] != size["n_kv_heads"]:
+            raise SelectorError(
+                f"{kind.name!r} has {n_heads} {'KV heads' if wanted == 'KV' else 'query heads'} on this model: "
+                f"write {wanted}0 to {wanted}{n_heads - 1}, not {match['axis']}{match['head']}"
+            )
+        heads = list(_indices(match["head"], n_heads, "head" if wanted == "H" else "KV head", term))
+    neurons: list[int | None] = [None]
+    if match["neuron"] is not None:
+        last = kind.axes[-1]
+        if last not in size:
+            raise SelectorError(f"{kind.name!r} has no neurons in {term!r}; use 'mlp_post' or 'mlp_pre'")
+        neurons = list(_indices(match["neuron"], size[last], "neuron", term))
+    for layer in layers:
+        for head in heads:
+            for neuron in neurons:
+                for pos in _positions(match["pos"], term):
+                    yield Site(kind.name, layer, head, pos, neuron)
+
+
+def _indices(text: str, size: int, what: str, term: str) -> list[int]:
+    if text.strip() == "*":
+        return list(range(size))
+    found: list[int] = []
+    for part in (piece.strip() for piece in text.split(",")):
+        if bounds := _RANGE.fullmatch(part):
+            first, last = int(bounds[1]), int(bounds[2])
+            if first > last:
+                raise SelectorError(f"the range {part} in {term!r} is empty; write the smaller {what} first")
+            found.extend(range(first, last + 1))
+        elif _INTEGER.fullmatch(part):
+            found.append(int(part))
+        else:
+            raise SelectorError(f"cannot read {part!r} as a {what} in {term!r}; write *, 3, -1, 0-5 or 1,3")
+    resolved = []
+    for index in found:
+        if not -size <= index < size:
+            raise SelectorError(f"there is no {what} {index} in {term!r}: this model has {what}s 0 to {size - 1}")
+        resolved.append(index % size)
+    return resolved
+
+
+def _positions(text: str | None, term: str) -> list[int | str | None]:
+    if text is None:
+        return [None]
+    found: list[int | str | None] = []
+    for part in (piece.strip() for piece in text.split(",")):
+        if _INTEGER.fullmatch(part):
+            found.append(int(part))
+        elif bounds := re.fullmatch(r"(\d+)(?::|-)(\d+)", part):
+            # 2:5 excludes its end, as in Python; 2-4 includes it, as everywhere else in a pattern.
+            last = int(bounds[2]) + (":" not in part)
+            if int(bounds[1]) >= last:
+                raise SelectorError(f"the range {part} in {term!r} is empty; write the smaller position first")
+            found.extend(range(int(bounds[1]), last))
+        elif part and ":" not in part and "*" not in part:
+            found.append(part)
+        else:
+            raise SelectorError(f"cannot read position {part!r} in {term!r}; write -1, 3, 2:5, 1,3 or a named position")
+    return found
+
+
+def resolve_position(pos: int | str, length: int, named: Iterable[str], site: Site) -> int | str:
+    """A position that exists in rows of this length, negative ones counted from the end."""
+    if isinstance(pos, str):
+        if pos not in named:
+            raise SelectorError(f"{site}: there is no position named {pos!r}. {did_you_mean(pos, named)}")
+        return pos
+    if not -length <= pos < length:
+        raise SelectorError(f"{site}: there is no position {pos}; the prompts have positions 0 to {length - 1}")
+    return pos % length

@@ -1,0 +1,1 @@
+"""From scores to circuits, and from circuits to how good they are."""

@@ -1,0 +1,186 @@
+"""How good a circuit is: faithfulness on held-out prompts, with its interval, against circuits drawn by chance."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechinterp.core.model import Model
+from mechinterp.discovery.running import run_circuits
+from mechinterp.errors import MetricError
+from mechinterp.graph import Circuit, random_edges
+from mechinterp.patching.compare import MetricLike
+from mechinterp.tasks import Task
+
+__all__ = ["Report", "evaluate", "faithfulness"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """How good a circuit is, in numbers. Made by `evaluate`.
+
+    Faithfulness is (m(circuit) - m(corrupt)) / (m(clean) - m(corrupt)), a ratio of means over prompts, unclamped: below 0 and
+    above 1 mean something (a circuit without the parts that work against the answer is above 1).
+    """
+
+    task: str
+    model: str
+    metric: str
+    prompts: int
+    clean: float
+    corrupt: float
+    circuit: float
+    faithfulness: float
+    faithfulness_interval: tuple[float, float]
+    mean_of_ratios: float
+    random_faithfulness: tuple[float, ...]
+    random_interval: tuple[float, float]
+    beats_random: int
+    model_accuracy: float
+    circuit_accuracy: float
+    edges: int
+    connected: int
+    all_edges: int
+    nodes: int
+    ablation: str
+    seed: int
+    forwards: int
+    seconds: float
+    confidence: float = 0.95
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def __repr__(self) -> str:
+        low, high = self.faithfulness_interval
+        chance = sum(self.random_faithfulness) / max(1, len(self.random_faithfulness))
+        return "\n".join(
+            [
+                f"Report: {self.task} on {self.model}, {self.prompts} prompts, {self.ablation} ablation",
+                f"  {self.metric}: clean {self.clean:.3f}, corrupt {self.corrupt:.3f}, circuit {self.circuit:.3f}",
+                f"  faithfulness {self.faithfulness:.3f} ({self.confidence:.0%} interval {low:.3f} to {high:.3f}); mean of ratios {self.mean_of_ratios:.3f}",
+                f"  {len(self.random_faithfulness)} random circuits of equal size: mean {chance:.3f} "
+                f"({self.random_interval[0]:.3f} to {self.random_interval[1]:.3f}); beaten {self.beats_random}",
+                f"  accuracy: model {self.model_accuracy:.3f}, circuit {self.circuit_accuracy:.3f}",
+                f"  {self.edges} edges, {self.connected} connected, of {self.all_edges}; {self.nodes} nodes",
+                f"  {self.forwards} forward passes over the prompts, {self.seconds:.1f} s",
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
+
+
+def faithfulness(circuit: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
+    """Ratio of means over the last axis: (m(circuit) - m(corrupt)) / (m(clean) - m(corrupt)). Unclamped."""
+    return (circuit.mean(-1) - corrupt.mean(-1)) / (clean.mean(-1) - corrupt.mean(-1))
+
+
+def evaluate(
+    circuit: Circuit,
+    model: Model,
+    task: Task,
+    *,
+    seed: int,
+    random_circuits: int = 5,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    metric: MetricLike = None,
+    progress: bool = False,
+) -> Report:
+    """Does the circuit do what the model does, and would any circuit of its size?
+
+    Parameters
+    ----------
+    circuit, model
+        What to judge, on what.
+    task
+        Prompts that were *not* used to find the circuit: the second part of ``task.split(seed=...)``.
+    seed
+        Of the random circuits and the bootstrap.
+    random_circuits
+        How many random circuits with the same number of connected edges, of the same kinds, to run beside it.
+    resamples, confidence
+        Bootstrap over prompts for the interval of faithfulness.
+    metric, progress
+        As in `mechinterp.patch`.
+
+    Returns
+    -------
+    Report
+        Prints itself; ``to_json()``.
+
+    Raises
+    ------
+    MetricError
+        Clean and corrupt prompts give the same metric, so that faithfulness is undefined.
+
+    Notes
+    -----
+    Cost: 3 forward passes over the prompts, and one for each random circuit.
+
+    Examples
+    --------
+    >>> import mechinterp as mi
+    >>> toy = mi.toys.induction()
+    >>> report = mi.evaluate(toy.truth["resample"], toy.model, toy.task, seed=0)
+    >>> round(report.faithfulness, 2)
+    1.0
+    """
+    started = time.perf_counter()
+    rivals = [random_edges(circuit, seed=seed + i) for i in range(random_circuits)] if circuit.n_connected else []
+    outs = run_circuits(model, task, [circuit, *rivals], metric=metric, progress=progress)
+    gap = float(outs.clean.mean() - outs.corrupt.mean())
+    if abs(gap) < 1e-6:
+        raise MetricError(
+            f"{outs.metric} is {float(outs.clean.mean()):.4g} on clean and corrupt prompts of task {task.name!r}: "
+            "faithfulness is undefined. Use other corrupt prompts or another metric"
+        )
+    values = faithfulness(outs.circuits, outs.clean, outs.corrupt)
+    ratios = (outs.circuits[0] - outs.corrupt) / (outs.clean - outs.corrupt)
+    rows = _resampled(len(task), resamples, seed)
+    spread = faithfulness(outs.circuits[:, rows], outs.clean[rows], outs.corrupt[rows])
+    return Report(
+        task=task.name,
+        model=model.name,
+        metric=outs.metric,
+        prompts=len(task),
+        clean=float(outs.clean.mean()),
+        corrupt=float(outs.corrupt.mean()),
+        circuit=float(outs.circuits[0].mean()),
+        faithfulness=float(values[0]),
+        faithfulness_interval=_interval(spread[0], confidence),
+        mean_of_ratios=float(ratios[ratios.isfinite()].mean()),
+        random_faithfulness=tuple(values[1:].tolist()),
+        random_interval=_interval(spread[1:].flatten(), confidence) if len(rivals) else (float("nan"),) * 2,
+        beats_random=int((values[0] > values[1:]).sum()),
+        model_accuracy=float(outs.accuracy[-1].mean()),
+        circuit_accuracy=float(outs.accuracy[0].mean()),
+        edges=len(circuit),
+        connected=circuit.n_connected,
+        all_edges=circuit.shape.n_edges,
+        nodes=len(circuit.connected().nodes),
+        ablation="resample",
+        seed=seed,
+        forwards=3 + len(rivals),
+        seconds=round(time.perf_counter() - started, 1),
+        confidence=confidence,
+    )
+
+
+def _resampled(n: int, resamples: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, n, (resamples, n), generator=generator)
+
+
+def _interval(values: Tensor, confidence: float) -> tuple[float, float]:
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(values, torch.tensor([tail, 1 - tail])).tolist()
+    return low, high

@@ -1,0 +1,25 @@
+"""The networkx island: circuits are made, read, compared and drawn here, without torch or a model."""
+
+from mechinterp.graph.circuit import Circuit
+from mechinterp.graph.draw import Diagram, draw
+from mechinterp.graph.graph import computation_graph, connected_edges_of, scored_edges
+from mechinterp.graph.nodes import Edge, GraphShape, Node, parse_node
+from mechinterp.graph.select import connected_edges, greedy_edges, random_edges, threshold_edges, top_edges
+
+__all__ = [
+    "Circuit",
+    "Diagram",
+    "Edge",
+    "GraphShape",
+    "Node",
+    "computation_graph",
+    "connected_edges",
+    "connected_edges_of",
+    "draw",
+    "greedy_edges",
+    "parse_node",
+    "random_edges",
+    "scored_edges",
+    "threshold_edges",
+    "top_edges",
+]

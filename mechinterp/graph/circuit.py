@@ -1,0 +1,422 @@
+"""A circuit: the edges by which a model does something, with their scores and where they came from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+import networkx as nx
+
+from mechinterp.errors import FileFormatError, GraphError, MissingExtraError
+from mechinterp.graph.graph import build_graph, index_of
+from mechinterp.graph.nodes import Edge, GraphShape
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Circuit"]
+
+FORMAT: Final = "mechinterp-circuit"
+VERSION: Final = 1
+
+EdgeLike = Edge | str | tuple[str, str, str]
+
+
+@dataclass(frozen=True, repr=False)
+class Circuit:
+    """Which edges matter, how much, and who says so?
+
+    A value: it is never changed, and what is computed from it is a new circuit.
+
+    Parameters
+    ----------
+    shape
+        The graph that the edges are taken from; anything `GraphShape.of` reads.
+    scores
+        A score per edge of the circuit, or None where an edge has none (a true circuit, a random one). An
+        edge is in the circuit if it is a key here, whatever its score. Kept in the order of `scored_edges`.
+    provenance
+        Where it came from: ``model``, ``task``, ``method``, seed, versions, cost. Anything JSON can hold.
+    report
+        How good it is: numbers from an evaluation. Anything JSON can hold. See `with_report`.
+
+    Raises
+    ------
+    GraphError
+        If an edge does not exist in this shape, a score is not a finite number, or `provenance` or `report`
+        hold something that JSON cannot.
+
+    Examples
+    --------
+    >>> shape = GraphShape(n_layers=2, n_heads=2)
+    >>> edges = ["embed->a0.h1<v>", "a0.h1->a1.h0<k>", "a1.h0->logits", "m0->logits"]
+    >>> circuit = Circuit.from_edges(shape, edges)
+    >>> circuit
+    Circuit: 4 edges (3 connected) of 46, 5 nodes
+    >>> "a1.h0->logits" in circuit, circuit.heads()
+    (True, ('a0.h1', 'a1.h0'))
+    >>> (circuit - Circuit.from_edges(shape, ["m0->logits"])).n_connected
+    3
+    """
+
+    shape: GraphShape
+    scores: Mapping[Edge, float | None]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = GraphShape.of(self.shape)
+        index = index_of(shape)
+        given = {as_edge(edge): score for edge, score in self.scores.items()}
+        ordered = sorted(zip(index.positions(given), given.values(), strict=True), key=lambda pair: pair[0])
+        scores = {index.edges[i]: as_score(index.edges[i], score) for i, score in ordered}
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "scores", MappingProxyType(scores))
+        object.__setattr__(self, "provenance", MappingProxyType(plain_mapping(self.provenance, "provenance")))
+        object.__setattr__(self, "report", MappingProxyType(plain_mapping(self.report, "report")))
+
+    # --- making one
+
+    @classmethod
+    def full(cls, model: object, *, provenance: Mapping[str, Any] | None = None) -> Circuit:
+        """The circuit of every edge, unscored: the whole model."""
+        shape = GraphShape.of(model)
+        return cls(shape, dict.fromkeys(index_of(shape).edges), provenance or {"method": "full"})
+
+    @classmethod
+    def empty(cls, model: object, *, provenance: Mapping[str, Any] | None = None) -> Circuit:
+        """The circuit of no edge."""
+        return cls(GraphShape.of(model), {}, provenance or {"method": "empty"})
+
+    @classmethod
+    def from_edges(
+        cls,
+        model: object,
+        edges: Iterable[EdgeLike],
+        *,
+        scores: Mapping[Edge, float] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Circuit:
+        """A circuit of the given edges, with those of the given scores that belong to them.
+
+        Parameters
+        ----------
+        model
+            A loaded model, a config, or a `GraphShape`.
+        edges
+            `Edge` objects, or texts as they print: ``"a0.h1->a3.h2<k>"``.
+        scores
+            May hold more edges than the circuit (all of the model's, say); an edge without a score gets None.
+        provenance
+            See `Circuit`.
+        """
+        known = scores or {}
+        chosen = [as_edge(edge) for edge in edges]
+        return cls(GraphShape.of(model), {edge: known.get(edge) for edge in chosen}, provenance or {})
+
+    # --- what is in it
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """The scored edges, in the order of `scored_edges`. Structural ones are in `graph`."""
+        return tuple(self.scores)
+
+    @cached_property
+    def nodes(self) -> tuple[str, ...]:
+        """Nodes that an edge begins or ends at, in the order of computation."""
+        touched = {name for edge in self.scores for name in edge[:2]}
+        return tuple(name for name in self.shape.nodes if name in touched)
+
+    @cached_property
+    def graph(self) -> nx.MultiDiGraph[str]:
+        """The circuit as a networkx object, frozen: take ``circuit.graph.copy()`` to change it.
+
+        Keyed by port. Edges carry ``kind`` (``"scored"`` or ``"structural"``), the reader's ``layer`` and
+        ``head``, and ``score`` where they have one. Its ``graph.graph`` holds the shape.
+        """
+        edges: list[tuple[Edge, dict[str, object]]] = [
+            (edge, {} if score is None else {"score": score}) for edge, score in self.scores.items()
+        ]
+        return nx.freeze(build_graph(self.shape, self.nodes, edges))
+
+    @property
+    def origin(self) -> str:
+        """Task, model and method in a few words, as far as the provenance names them."""
+        parts = (("task", "{}"), ("model", "on {}"), ("method", "by {}"))
+        return " ".join(
+            words.format(self.provenance[key]) for key, words in parts if self.provenance.get(key)
+        )
+
+    def heads(self) -> tuple[str, ...]:
+        """Attention heads that lie on a path from embed to logits, in the order of computation."""
+        readers = {edge.src for edge in self.connected().edges}
+        return tuple(
+            name for name in self.shape.nodes if name in readers and self.shape.parse(name).kind == "head"
+        )
+
+    def connected(self) -> Circuit:
+        """The part that lies on paths from embed to logits: the rest cannot carry anything.
+
+        A KV head conducts to all of its query heads, by structural edges. See `connected_edges_of` for what
+        dropping the rest means under different ablations. Provenance and report are kept.
+        """
+        return replace(self, scores={edge: self.scores[edge] for edge in self._connected})
+
+    @cached_property
+    def _connected(self) -> tuple[Edge, ...]:
+        index = index_of(self.shape)
+        return tuple(index.edges[i] for i in index.connected(index.positions(self.scores)))
+
+    @property
+    def n_connected(self) -> int:
+        """The number of edges on some path from embed to logits; compare circuits at equal ones."""
+        return len(self._connected)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __bool__(self) -> bool:
+        # An empty circuit is a circuit: `if circuit` must not ask for its size.
+        return True
+
+    def __iter__(self) -> Iterator[Edge]:
+        return iter(self.scores)
+
+    def __contains__(self, edge: object) -> bool:
+        return as_edge(edge) in self.scores if isinstance(edge, str | tuple) else False
+
+    # --- comparing
+
+    def __or__(self, other: Circuit) -> Circuit:
+        """Edges of either; where both score an edge, the left one's score."""
+        self._check_same_shape(other)
+        return self._combined("union", other, {**other.scores, **self.scores})
+
+    def __and__(self, other: Circuit) -> Circuit:
+        """Edges of both, with the left one's scores."""
+        self._check_same_shape(other)
+        return self._combined(
+            "intersection", other, {e: s for e, s in self.scores.items() if e in other.scores}
+        )
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        """Edges of the left one alone."""
+        self._check_same_shape(other)
+        return self._combined(
+            "difference", other, {e: s for e, s in self.scores.items() if e not in other.scores}
+        )
+
+    def iou(self, other: Circuit) -> float:
+        """How much do two circuits agree? Edges of both, over edges of either; 1.0 for two empty ones."""
+        self._check_same_shape(other)
+        either = len(self.scores.keys() | other.scores.keys())
+        return len(self.scores.keys() & other.scores.keys()) / either if either else 1.0
+
+    def _combined(self, operation: str, other: Circuit, scores: Mapping[Edge, float | None]) -> Circuit:
+        sources = {"left": self.provenance, "right": other.provenance}
+        return Circuit(self.shape, scores, {"method": operation, **sources})
+
+    def _check_same_shape(self, other: Circuit) -> None:
+        if self.shape != other.shape:
+            raise GraphError(
+                f"These circuits are of different models: {self.shape} and {other.shape}. "
+                "Only circuits of one shape can be combined or compared."
+            )
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.edges))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mappingproxy can be neither copied nor pickled.
+        return Circuit, (self.shape, dict(self.scores), dict(self.provenance), dict(self.report))
+
+    # --- taking it elsewhere
+
+    def with_report(self, report: Mapping[str, Any]) -> Circuit:
+        """The same circuit with an evaluation's numbers, which are saved with it."""
+        return replace(self, report=report)
+
+    def collapse(self) -> nx.DiGraph[str]:
+        """The circuit as a plain DiGraph: parallel edges at different ports become one.
+
+        An edge has ``ports`` (``"k,v"``), ``kind``, and where any of them is scored ``score`` (the sum: ports
+        that push in opposite directions cancel) and ``weight`` (the sum of absolute values: they do not). A
+        new object.
+        """
+        plain: nx.DiGraph[str] = nx.DiGraph(**self.graph.graph)
+        plain.add_nodes_from(self.graph.nodes(data=True))
+        for src, dst, port, data in self.graph.edges(keys=True, data=True):
+            if not plain.has_edge(src, dst):
+                place = {key: data[key] for key in ("kind", "layer", "head") if key in data}
+                plain.add_edge(src, dst, ports=port, **place)
+            else:
+                plain[src][dst]["ports"] += "," + port
+            if "score" in data:
+                merged = plain[src][dst]
+                merged["score"] = merged.get("score", 0.0) + data["score"]
+                merged["weight"] = merged.get("weight", 0.0) + abs(data["score"])
+        return plain
+
+    def to_frame(self) -> pd.DataFrame:
+        """A table of the scored edges with the columns ``src dst port value``; needs pandas."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise MissingExtraError("Circuit.to_frame() needs pandas. Run: pip install pandas") from error
+        rows = [(*edge, math.nan if score is None else score) for edge, score in self.scores.items()]
+        return pd.DataFrame(rows, columns=["src", "dst", "port", "value"]).astype({"value": "float64"})
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the circuit as JSON, one line per edge; folders are made, an old file is replaced at once.
+
+        Scores, provenance and report come back from `load` as they were, bit for bit.
+        """
+        target = Path(path)
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "shape": {f.name: getattr(self.shape, f.name) for f in fields(self.shape)},
+            "provenance": dict(self.provenance),
+            "report": dict(self.report),
+            "edges": {str(edge): score for edge, score in self.scores.items()},
+        }
+        write_atomically(target, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Circuit:
+        """Read a circuit that `save` wrote.
+
+        Raises
+        ------
+        FileFormatError
+            If the file is not a circuit, was written by a later version, or does not fit its own shape.
+        FileNotFoundError
+            If there is no such file.
+        """
+        content = read_content(Path(path))
+        try:
+            shape = GraphShape(**content["shape"])
+            edges = {Edge.parse(text): as_score(text, score) for text, score in content["edges"].items()}
+            said = {key: plain_mapping(content.get(key, {}), key) for key in ("provenance", "report")}
+            return cls(shape, edges, **said)
+        except (KeyError, TypeError, AttributeError, GraphError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise FileFormatError(f"{path} is a circuit file, but a broken one: {reason}") from error
+
+    # --- showing it
+
+    def __repr__(self) -> str:
+        edges = f"{len(self)} edges ({self.n_connected} connected) of {self.shape.n_edges}"
+        return f"Circuit: {edges}, {len(self.nodes)} nodes" + (f", {self.origin}" if self.origin else "")
+
+    def _repr_svg_(self) -> str | None:
+        # Imported here because drawing builds on circuits.
+        from mechinterp.graph.draw import draw
+
+        return draw(self)._repr_svg_()
+
+
+def as_edge(edge: object) -> Edge:
+    """An `Edge` from an edge, its printed text, or a (src, dst, port) tuple."""
+    if isinstance(edge, Edge):
+        return edge
+    if isinstance(edge, str):
+        return Edge.parse(edge)
+    if isinstance(edge, tuple) and len(edge) == 3 and all(isinstance(part, str) for part in edge):
+        return Edge(*edge)
+    raise GraphError(
+        f"{edge!r} is not an edge. Give Edge(src, dst, port), or a text such as 'a0.h1->a3.h2<k>'."
+    )
+
+
+def as_score(edge: Edge | str, score: object) -> float | None:
+    """A finite Python float, or None."""
+    if score is None:
+        return None
+    try:
+        number = float(score)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise GraphError(
+            f"The score of {edge} is {score!r}. Give a finite number, or None for no score."
+        ) from error
+    if not math.isfinite(number):
+        raise GraphError(f"The score of {edge} is {number}. Give a finite number, or None for no score.")
+    return number
+
+
+def plain_mapping(mapping: object, name: str) -> dict[str, Any]:
+    """A deep copy of plain JSON values, so that what is saved is what is loaded again."""
+    if not isinstance(mapping, Mapping):
+        raise GraphError(f"{name} is a {type(mapping).__name__}. Give a mapping of names to values.")
+    return {
+        key: plain_value(value, f"{name}[{key!r}]") for key, value in mapping.items() if is_name(key, name)
+    }
+
+
+def plain_value(value: Any, place: str) -> Any:
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise GraphError(f"{place} is {value}, which JSON cannot hold. Leave it out, or say None.")
+        return float(value)
+    if isinstance(value, Mapping):
+        return {k: plain_value(v, f"{place}[{k!r}]") for k, v in value.items() if is_name(k, place)}
+    if isinstance(value, list | tuple):
+        return [plain_value(item, f"{place}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    raise GraphError(
+        f"{place} is a {type(value).__name__}, which JSON cannot hold. "
+        "Give numbers, texts, lists and mappings (of a tensor, its .item() or .tolist())."
+    )
+
+
+def is_name(key: object, place: str) -> bool:
+    if not isinstance(key, str):
+        raise GraphError(f"{place} has the key {key!r}. JSON has only texts as keys.")
+    return True
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """The checked JSON object of a circuit file."""
+    remedy = "Circuits are JSON files written by Circuit.save()."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FileFormatError(f"{path} is not JSON ({error}). {remedy}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise FileFormatError(f"{path} is not a circuit: its format is {found!r}, not {FORMAT!r}. {remedy}")
+    if content.get("version") != VERSION:
+        raise FileFormatError(
+            f"{path} is of version {content.get('version')!r}; this mechinterp reads version {VERSION}. "
+            "Upgrade mechinterp."
+        )
+    return content
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside the target, then rename: a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        # mkstemp makes private files; a saved circuit gets the permissions that any new file would.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,173 @@
+"""A circuit as Graphviz sees it: its nodes and edges as marks, and where they go.
+
+Layers are rows, from ``embed`` at the bottom to ``logits`` at the top, and inside a layer come KV heads,
+heads, MLP. Graphviz's ``dot`` places the nodes. It reserves room for every long edge in every row that the
+edge passes, which is beautiful for fifty edges, and many times too wide for a thousand across thirty layers;
+so in larger circuits only the strongest edges take part in placing, and all are routed around the nodes
+afterwards.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Final
+
+import networkx as nx
+
+from mechinterp.errors import MissingExtraError
+from mechinterp.graph.circuit import Circuit
+from mechinterp.graph.legend import decorate
+from mechinterp.graph.nodes import Edge, GraphShape, parse_node
+from mechinterp.graph.style import BORDER, FAINT, FILL, FONT, INK, STRUCTURAL_LINE, Style, printable
+
+if TYPE_CHECKING:
+    import pygraphviz
+
+__all__ = ["edge_ids", "to_dot"]
+
+ROW: Final = {"kv": 0, "head": 1, "mlp": 2}
+PLACING_EDGES: Final = 100
+
+
+def to_dot(circuit: Circuit, *, title: str, caption: str, labels: Mapping[str, str]) -> str:
+    """The drawing as DOT text with all positions in it; ``dot -Tpng`` renders it as it is.
+
+    Raises
+    ------
+    MissingExtraError
+        If pygraphviz is not installed.
+    """
+    placing = placing_edges(circuit)
+    placed = styled(circuit, labels, placing)
+    add_rows(placed, circuit)
+    placed.layout(prog="dot")
+    if len(placing) == len(circuit):
+        agraph = placed
+        for node in agraph.nodes():
+            if str(node).startswith("row "):
+                agraph.remove_node(node)
+    else:
+        agraph = styled(circuit, labels, circuit.edges)
+        positions = {name: placed.get_node(name).attr["pos"] for name in drawn_nodes(circuit)}
+        for name, position in centred(positions).items():
+            agraph.get_node(name).attr["pos"] = position
+        agraph.graph_attr.update(splines="true", esep="+3")
+        agraph.layout(prog="nop")
+    decorate(agraph, circuit, title=title, caption=caption)
+    return str(agraph.to_string())
+
+
+def edge_ids(circuit: Circuit) -> dict[str, Edge]:
+    """The id that each scored edge has in the SVG."""
+    return {f"e{i}": edge for i, edge in enumerate(circuit.edges)}
+
+
+def drawn_nodes(circuit: Circuit) -> tuple[str, ...]:
+    """The circuit's nodes; of an empty circuit the two that every model has."""
+    return circuit.nodes or ("embed", "logits")
+
+
+def placing_edges(circuit: Circuit) -> Collection[Edge]:
+    """The edges that say where nodes go: all of a small circuit, else the strongest ones at each node."""
+    if len(circuit) <= PLACING_EDGES:
+        return circuit.edges
+    ranked = sorted(circuit.edges, key=lambda edge: -abs(circuit.scores[edge] or 0.0))
+    chosen: set[Edge] = set()
+    heard: set[str] = set()
+    for edge in ranked:
+        if len(chosen) < PLACING_EDGES // 2 or edge.src not in heard or edge.dst not in heard:
+            chosen.add(edge)
+            heard.update(edge[:2])
+    return chosen
+
+
+def styled(circuit: Circuit, labels: Mapping[str, str], edges: Collection[Edge]) -> pygraphviz.AGraph:
+    """All nodes of a circuit and some of its edges with their Graphviz attributes, without positions."""
+    shape, style = circuit.shape, Style.of(circuit)
+    plain: nx.MultiDiGraph[str] = nx.MultiDiGraph()
+    for name in drawn_nodes(circuit):
+        plain.add_node(name, **node_attributes(shape, name, labels.get(name)))
+    for src, dst, port, kind in circuit.graph.edges(keys=True, data="kind"):
+        if kind == "structural":
+            attributes = {"headport": f"{port}:s", "weight": "4", "id": f"s_{dst}", **STRUCTURAL_LINE}
+            plain.add_edge(src, dst, key=port, **attributes)
+    # Graphviz draws in this order: the strongest come last, on top of the others.
+    for identity, edge in sorted(
+        edge_ids(circuit).items(), key=lambda item: abs(circuit.scores[item[1]] or 0.0)
+    ):
+        if edge in edges:
+            attributes = style.attributes(circuit.scores[edge])
+            if len(input_cells(shape, edge.dst)) > 1:
+                attributes["headport"] = f"{edge.port}:s"
+            plain.add_edge(edge.src, edge.dst, key=edge.port, id=identity, **attributes)
+    try:
+        agraph = nx.nx_agraph.to_agraph(plain)
+    except ImportError as error:
+        raise MissingExtraError("Drawing a circuit needs pygraphviz. Run: pip install pygraphviz") from error
+    agraph.graph_attr.update(
+        rankdir="BT", ranksep="0.3", nodesep="0.14", newrank="true", outputorder="edgesfirst", fontname=FONT
+    )
+    agraph.node_attr.update(
+        shape="box",
+        style="rounded,filled",
+        fontname=FONT,
+        fontsize="11",
+        height="0.2",
+        width="0.3",
+        margin="0.03,0.02",
+    )
+    return agraph
+
+
+def add_rows(agraph: pygraphviz.AGraph, circuit: Circuit) -> None:
+    """Hold the nodes of each row at one height, and the rows in order, also where no edge does."""
+    by_row: dict[tuple[float, int], list[str]] = {}
+    for name in drawn_nodes(circuit):
+        kind, layer, _ = parse_node(name)
+        height = float(layer) if layer is not None else (-math.inf if kind == "embed" else math.inf)
+        by_row.setdefault((height, ROW.get(kind, 0)), []).append(name)
+    below = None
+    for number, place in enumerate(sorted(by_row)):
+        anchor = f"row {number}"
+        agraph.add_node(anchor, style="invis", shape="point", label="", width="0.01", height="0.01")
+        agraph.add_subgraph([*by_row[place], anchor], rank="same")
+        if below is not None:
+            agraph.add_edge(below, anchor, style="invis", weight="0")
+        below = anchor
+
+
+def centred(positions: Mapping[str, str]) -> dict[str, str]:
+    """The positions with embed and logits, which are alone in their rows, moved to the middle."""
+    xs = [float(position.split(",")[0]) for position in positions.values()]
+    middle = (min(xs) + max(xs)) / 2
+    return {
+        name: f"{middle},{position.split(',')[1]}" if name in ("embed", "logits") else position
+        for name, position in positions.items()
+    }
+
+
+def input_cells(shape: GraphShape, name: str) -> tuple[str, ...]:
+    """The input ports that are shown as cells at the bottom edge of a node."""
+    if shape.grouped and parse_node(name).kind == "head":
+        return ("q", "kv")
+    return shape.ports(name)
+
+
+def node_attributes(shape: GraphShape, name: str, label: str | None) -> dict[str, str]:
+    kind = parse_node(name).kind
+    cells = input_cells(shape, name)
+    ink = "#ffffff" if kind in ("embed", "logits") else INK
+    span = max(len(cells), 1)
+    lines = [f'<tr><td colspan="{span}"><font color="{ink}">{html.escape(name)}</font></td></tr>']
+    if label:
+        small = f'<font color="{ink}" point-size="8"><i>{html.escape(printable(label))}</i></font>'
+        lines.append(f'<tr><td colspan="{span}">{small}</td></tr>')
+    if len(cells) > 1:
+        letters = (
+            f'<td port="{cell}"><font color="{FAINT}" point-size="7">{cell}</font></td>' for cell in cells
+        )
+        lines.append(f"<tr>{''.join(letters)}</tr>")
+    table = f'<<table border="0" cellborder="0" cellspacing="0" cellpadding="1">{"".join(lines)}</table>>'
+    return {"label": table, "fillcolor": FILL[kind], "color": BORDER, "id": f"n_{name}"}

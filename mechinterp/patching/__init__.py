@@ -1,0 +1,1 @@
+"""Exact effects of activations, and gradient estimates of the same quantity."""

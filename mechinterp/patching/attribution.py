@@ -1,0 +1,273 @@
+"""Gradient estimates of what patching measures: every node or every edge from a few forward and backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from mechinterp.core.effects import Effects, Label
+from mechinterp.core.model import Model
+from mechinterp.core.plan import progress_bar, rows_per_forward
+from mechinterp.core.run import Cache
+from mechinterp.core.select import Selection
+from mechinterp.core.sites import Site
+from mechinterp.errors import MetricError, SelectorError
+from mechinterp.graph import GraphShape
+from mechinterp.patching.activation import Grid, grid_of
+from mechinterp.patching.compare import Comparison, Direction, MetricLike, compare_runs, unit_of
+from mechinterp.patching.gradients import EMBED, check_gradient, gradients, path_points
+from mechinterp.patching.readers import Layout, ReaderGroup, layout_of
+from mechinterp.tasks import Task
+
+__all__ = ["attribute"]
+
+_BUDGET = 2 << 30
+
+
+def attribute(
+    model: Model,
+    task: Task,
+    at: str | Site | Selection | None = None,
+    *,
+    unit: Literal["node", "edge"] = "node",
+    steps: int | Sequence[float] = 0,
+    over: Sequence[str] | None = None,
+    metric: MetricLike = None,
+    direction: Direction = "noise",
+    normalize: bool = True,
+    memory: int = _BUDGET,
+    progress: bool = False,
+) -> Effects:
+    """About how much would patching each node, site or edge change the metric?
+
+    For a writer u and a reader v, the edge's score is the sum over positions of (other_u - receiving_u) . dm/d in_v,
+    where in_v is what v reads before its norm; a node's score uses the gradient at its output. It estimates what
+    `mechinterp.patch` measures, with the same sign and scale.
+
+    Parameters
+    ----------
+    model, task
+        What to run.
+    at
+        Estimate the effects of these sites, on the axes that `mechinterp.patch` would give. Default: all nodes
+        (embed, heads, MLPs).
+    unit
+        ``"node"``, or ``"edge"``: every edge of the computation graph; on grouped-query models keys and values are
+        read by the KV head.
+    steps
+        0: gradient at the receiving run (attribution patching, EAP). m: integrated gradients over m midpoints of the
+        line between the two prompts' token embeddings (EAP-IG inputs). A sequence: these points of that line.
+    over, metric, direction, normalize, progress
+        As in `mechinterp.patch`, but here the default direction is ``"noise"``, as in the literature on edges.
+    memory
+        Bytes that activations, differences and gradients may take; more prompts are handled in parts.
+
+    Returns
+    -------
+    Effects
+        Axis ``node`` or ``edge``, or those of the selector, per example. The provenance holds ``completeness_error``:
+        how far the embedding's score is from the whole difference between the runs (it goes to 0 with ``steps``).
+
+    Raises
+    ------
+    MetricError
+        The metric has no gradient, or (KL at the clean run) it vanishes there.
+    ModelError
+        Edges of a model that normalises outputs before adding them.
+
+    Notes
+    -----
+    Cost: 2 forward passes, then ``max(1, steps)`` forward and backward passes. Scores do not depend on the batch size.
+
+    References
+    ----------
+    Nanda 2023 (attribution patching); Syed et al. 2023 (2310.10348); Hanna et al. 2024 (2403.17806), who take other
+    points of the same path.
+
+    Examples
+    --------
+    >>> import mechinterp as mi
+    >>> toy = mi.toys.induction()
+    >>> mi.attribute(toy.model, toy.task, unit="edge", steps=5).axes
+    ('edge',)
+    """
+    if unit not in ("node", "edge"):
+        raise MetricError(f"unit={unit!r}: write 'node' or 'edge'")
+    if unit == "edge" and at is not None:
+        raise SelectorError("unit='edge' scores every edge; a selector goes with unit='node'")
+    points = path_points(steps)
+    scorer: _Edges | _Sites
+    if unit == "edge":
+        scorer = _Edges(model)
+    else:
+        scorer = _Sites(model, _nodes(model) if at is None else grid_of(model, at, task.clean.shape[1], over))
+    parts = _parts(model, task, scorer.bytes_per_token, memory)
+    scores, clean, corrupt = [], [], []
+    with progress_bar(len(parts) * (2 + 2 * len(points)), f"attribute {unit}s", show=progress) as bar:
+        for part in parts:
+            runs = compare_runs(model, part, scorer.wanted | Selection((EMBED,)), metric=metric, direction=direction)
+            check_gradient(runs, points)
+            bar.update(2)
+            scores.append(scorer.score(runs, points, bar))
+            clean.append(runs.measure(runs.clean_logits))
+            corrupt.append(runs.measure(runs.corrupt_logits))
+    baseline = {"clean": float(torch.cat(clean).mean()), "corrupt": float(torch.cat(corrupt).mean())}
+    gap = unit_of(baseline, direction, metric=runs.metric, task=task)
+    flat = torch.cat(scores, dim=-1) / (gap if normalize else 1.0)
+    method = "EAP" if unit == "edge" else "attribution patching"
+    if points != (0.0,):
+        method += f"-IG inputs, {len(points)} {'midpoints' if isinstance(steps, int) else 'points'}"
+    what = f"{unit}s" if at is None else str(scorer.site or at)
+    provenance = runs.provenance(
+        method=method,
+        site=scorer.site,
+        points=list(points),
+        normalized=normalize,
+        forwards=2 + len(points),
+        backwards=len(points),
+    )
+    provenance["prompts"] = len(task)
+    if at is None:
+        error = float(scorer.from_embed(flat).mean()) - (1.0 if normalize else gap)
+        provenance["completeness_error"] = error
+    return Effects(
+        quantity=f"{method}: patching {what} ({direction}), estimated",
+        axes=scorer.axes,
+        coords=scorer.coords,
+        per_example=flat.reshape(*(len(scorer.coords[axis]) for axis in scorer.axes), -1),
+        baseline=baseline,
+        provenance=provenance,
+    )
+
+
+def _parts(model: Model, task: Task, bytes_per_token: int, memory: int) -> list[Task]:
+    """The task in parts whose activations, kept for the backward pass, fit the budget."""
+    length = task.clean.shape[1]
+    kept = memory // max(1, rows_per_forward(model, length, memory=memory)) * model.cfg.n_layers
+    rows = max(1, memory // (kept + bytes_per_token * length))
+    return [task[first : first + rows] for first in range(0, len(task), rows)]
+
+
+def _nodes(model: Model) -> Grid:
+    """Every writer as one cell."""
+    shape = GraphShape.of(model)
+    cells: dict[str, tuple[Site, ...]] = {"embed": (EMBED,)}
+    for layer in range(shape.n_layers):
+        cells |= {f"a{layer}.h{i}": (Site("z", layer, head=i),) for i in range(shape.n_heads)}
+        if not shape.attn_only:
+            cells[f"m{layer}"] = (Site("mlp_out", layer),)
+    return Grid(("node",), {"node": tuple(cells)}, list(cells.values()), "")
+
+
+class _Sites:
+    """Scores of sites: difference times gradient, summed over all but the batch."""
+
+    def __init__(self, model: Model, grid: Grid) -> None:
+        self.model, self.grid = model, grid
+        self.axes, self.site = grid.axes, grid.site
+        self.coords: dict[str, tuple[Label, ...]] = grid.coords
+        self.wanted = Selection(tuple(dict.fromkeys(site.whole for cell in grid.cells for site in cell)))
+        self.bytes_per_token = 4 * 3 * len(self.wanted) * model.cfg.d_model
+
+    def score(self, runs: Comparison, points: Sequence[float], bar: Any) -> Tensor:
+        """``[cell batch]``."""
+        total: dict[Site, Tensor] = {}
+        for found, _ in gradients(runs, self.wanted, points):
+            for site, gradient in found.items():
+                total[site] = total.get(site, 0.0) + gradient.float() / len(points)
+            bar.update(2)
+        product = {site: (runs.other[site] - runs.receiver[site]).float() * total[site] for site in self.wanted}
+        parts = Cache(self.model, self.wanted, product, runs.task.positions)
+        batch = len(runs.task)
+        rows = [sum(parts[site].reshape(batch, -1).sum(dim=-1) for site in cell) for cell in self.grid.cells]
+        return torch.stack(rows).cpu()
+
+    def from_embed(self, flat: Tensor) -> Tensor:
+        return flat[self.coords["node"].index("embed")]
+
+
+class _Edges:
+    """Scores of edges: each writer's difference times the gradient at each reader's input."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.layout: Layout = layout_of(model)
+        self.axes, self.site = ("edge",), ""
+        self.coords: dict[str, tuple[Label, ...]] = {"edge": tuple(tuple(edge) for edge in self.layout.edges)}
+        self.wanted = self.layout.written
+        self.bytes_per_token = 4 * model.cfg.d_model * (len(self.layout.writers) + len(self.layout.readers))
+
+    def score(self, runs: Comparison, points: Sequence[float], bar: Any) -> Tensor:
+        """``[edge batch]``."""
+        layout, batch = self.layout, len(runs.task)
+        # Nothing differs before the prompts first do.
+        start = int(runs.task.first_difference.min())
+        difference = written_difference(runs, layout, start)
+        pulled = torch.zeros(batch, len(layout.readers), difference.shape[-1], device=difference.device)
+        hooked = Selection(tuple(_gradient_site(group) for group in layout.groups))
+        streams = Selection(tuple(Site("resid_pre", layer) for layer in range(layout.shape.n_layers)))
+        for found, values in gradients(runs, hooked, points, capture=streams):
+            for group in layout.groups:
+                gradient = found[_gradient_site(group)]
+                if group.port != "in":
+                    gradient = self._through_norm(group, gradient, values[Site("resid_pre", group.layer)])
+                else:
+                    gradient = gradient.unsqueeze(2)
+                chosen = slice(group.readers.start, group.readers.stop)
+                pulled[:, chosen] += rearrange(gradient[:, start:].float(), "b p r m -> b r (p m)") / len(points)
+            bar.update(2)
+        table = torch.zeros(batch, len(layout.writers), len(layout.readers), device=difference.device)
+        for group in layout.groups:
+            chosen = slice(group.readers.start, group.readers.stop)
+            table[:, : group.n_writers, chosen] = torch.bmm(
+                difference[:, : group.n_writers], pulled[:, chosen].transpose(1, 2)
+            )
+        return table[:, torch.tensor(layout.src), torch.tensor(layout.dst)].T.cpu()
+
+    def _through_norm(self, group: ReaderGroup, gradient: Tensor, stream: Tensor) -> Tensor:
+        """The gradient at q, k or v ``[b p h d]``, pulled back through projection and norm: ``[b p h d_model]``.
+
+        Every head reads the same stream, so its own gradient needs no split of the stream in the forward pass.
+        """
+        weight = self.model.projection(group.layer, group.port).weight
+        normed = einsum(gradient, weight, "b p h d, h m d -> b p h m")
+        with torch.enable_grad():
+            read = stream.unsqueeze(2).expand_as(normed).detach().requires_grad_()
+            out = self.model.norm("attn", group.layer)(read)
+        return torch.autograd.grad(out, read, normed)[0]
+
+    def from_embed(self, flat: Tensor) -> Tensor:
+        of_embed = [i for i, writer in enumerate(self.layout.src) if writer == 0]
+        return flat[of_embed].sum(dim=0)
+
+
+def _gradient_site(group: ReaderGroup) -> Site:
+    """Where a group's gradient is taken: at the projection itself for q, k and v, else at what is read."""
+    return group.site if group.port == "in" else Site(group.port, group.layer)
+
+
+def written_difference(runs: Comparison, layout: Layout, start: int) -> Tensor:
+    """What each writer writes in the other run minus the receiving run, from position ``start``.
+
+    ``[batch writer (pos d_model)]``, float32.
+    """
+    first = runs.receiver[EMBED][:, start:]
+    batch, length, width = first.shape
+    difference = torch.empty(batch, len(layout.writers), length * width, device=first.device)
+
+    def gap(site: Site) -> Tensor:
+        return (runs.other[site][:, start:] - runs.receiver[site][:, start:]).float()
+
+    difference[:, 0] = gap(EMBED).reshape(batch, -1)
+    for layer in range(layout.shape.n_layers):
+        # z is d_head wide where a head output is d_model wide, so it is z that is kept and projected here.
+        weight = runs.model.projection(layer, "o").weight.float()
+        heads = einsum(gap(Site("z", layer)), weight, "b p h d, h d m -> b p h m")
+        difference[:, layout.head_writers(layer)] = rearrange(heads, "b p h m -> b h (p m)")
+        if not layout.shape.attn_only:
+            difference[:, layout.mlp_writer(layer)] = gap(Site("mlp_out", layer)).reshape(batch, -1)
+    return difference

@@ -1,0 +1,131 @@
+"""The two runs that every method compares, measured once: who receives, who is the other, what is one unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mechinterp.core.hooks import HookRegistry
+from mechinterp.core.model import Model
+from mechinterp.core.plan import answer_logits
+from mechinterp.core.run import Cache
+from mechinterp.core.select import Selection
+from mechinterp.core.sites import Site
+from mechinterp.errors import MetricError
+from mechinterp.tasks import Metric, Task, resolve_metric
+
+__all__ = ["Comparison", "Direction", "MetricLike", "compare_runs", "unit_of"]
+
+Direction = Literal["denoise", "noise"]
+MetricLike = str | Metric | Callable[[Tensor, Task], Tensor] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Clean and corrupt run of a task on a model, with the activations that were asked for.
+
+    ``receiver`` is the run that is changed, ``other`` the one that values come from:
+    ``"denoise"`` moves clean values into the corrupt run, ``"noise"`` corrupt values into the clean run.
+    """
+
+    model: Model
+    task: Task
+    metric: Metric
+    direction: Direction
+    clean: Cache
+    corrupt: Cache
+    clean_logits: Tensor
+    corrupt_logits: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens of the receiving run, ``[batch pos]``."""
+        return self.task.corrupt if self.direction == "denoise" else self.task.clean
+
+    @property
+    def receiver(self) -> Cache:
+        return self.corrupt if self.direction == "denoise" else self.clean
+
+    @property
+    def other(self) -> Cache:
+        return self.clean if self.direction == "denoise" else self.corrupt
+
+    def measure(self, logits: Tensor) -> Tensor:
+        """The metric per example ``[batch]`` of answer logits ``[batch vocab]``."""
+        return self.metric(logits, self.task, self.clean_logits if self.metric.needs_reference else None)
+
+    @property
+    def baseline(self) -> dict[str, float]:
+        """Mean metric of the two runs."""
+        return {
+            "clean": float(self.measure(self.clean_logits).mean()),
+            "corrupt": float(self.measure(self.corrupt_logits).mean()),
+        }
+
+    def received(self) -> Tensor:
+        """The metric of the receiving run, ``[batch]``."""
+        return self.measure(self.corrupt_logits if self.direction == "denoise" else self.clean_logits)
+
+    def unit(self, normalize: bool) -> float:
+        """What one unit of an effect is worth, see `unit_of`; 1 without ``normalize``."""
+        return unit_of(self.baseline, self.direction, metric=self.metric, task=self.task) if normalize else 1.0
+
+    def provenance(self, **more: Any) -> dict[str, Any]:
+        """What results record of where they come from."""
+        return {
+            "model": self.model.name,
+            "task": self.task.name,
+            "prompts": len(self.task),
+            "metric": self.metric.name,
+            "direction": self.direction,
+            **more,
+            "task_provenance": dict(self.task.provenance),
+            "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens")},
+        }
+
+
+def unit_of(baseline: Mapping[str, float], direction: Direction, *, metric: Metric, task: Task) -> float:
+    """The mean metric of the other run minus the receiving run's: one unit of a normalised effect.
+
+    One number for all prompts, a ratio of means. A ratio for each prompt would be ruled by the prompts on which clean
+    and corrupt happen to be close.
+    """
+    clean, corrupt = baseline["clean"], baseline["corrupt"]
+    gap = clean - corrupt if direction == "denoise" else corrupt - clean
+    if abs(gap) < 1e-6:
+        raise MetricError(
+            f"{metric.name} is {clean:.4g} on the clean and {corrupt:.4g} on the corrupt prompts of task {task.name!r}: "
+            "there is no difference to explain. Use other corrupt prompts, another metric, or normalize=False"
+        )
+    return gap
+
+
+def compare_runs(
+    model: Model,
+    task: Task,
+    selection: Selection,
+    *,
+    metric: MetricLike = None,
+    direction: Direction = "denoise",
+) -> Comparison:
+    """Run both prompts of a task once and keep the selected activations. Cost: 2 forward passes."""
+    if direction not in ("denoise", "noise"):
+        raise MetricError(
+            f"direction={direction!r}: write 'denoise' (clean activations into the corrupt run) "
+            "or 'noise' (corrupt activations into the clean run)"
+        )
+    task = task.to(model.device)
+    caches, answers = [], []
+    for tokens in (task.clean, task.corrupt):
+        kept: dict[Site, Tensor] = {}
+        registry = HookRegistry(model)
+        registry.capture(selection, kept)
+        with torch.no_grad(), registry:
+            answers.append(answer_logits(model, tokens, task.answer_pos))
+        caches.append(Cache(model, selection, kept, task.positions))
+    return Comparison(model, task, resolve_metric(metric, task), direction, *caches, *answers)

@@ -1,0 +1,94 @@
+"""Gradients of the metric at activations, averaged along a path between two runs. The one path integrator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mechinterp.core.hooks import HookRegistry
+from mechinterp.core.plan import answer_logits
+from mechinterp.core.select import Selection
+from mechinterp.core.sites import Site
+from mechinterp.errors import MetricError
+from mechinterp.patching.compare import Comparison
+
+__all__ = ["EMBED", "check_gradient", "gradients", "path_points"]
+
+# Token and position embeddings together. Positions are the same in both runs, so a line between the two values of
+# this site is a line between the token embeddings.
+EMBED = Site("resid_pre", 0)
+
+
+def path_points(steps: int | Sequence[float]) -> tuple[float, ...]:
+    """Where on the line from the receiving run (0) to the other run (1) gradients are taken.
+
+    ``steps=0`` is plain attribution patching: the gradient at the receiving run. ``steps=m`` takes the midpoints
+    of m equal parts, which converge faster than either end. A sequence gives the points themselves, each of equal
+    weight: ``(0.0, 1.0)`` is the mean of the gradients at both ends.
+
+    Examples
+    --------
+    >>> path_points(0), path_points(2)
+    ((0.0,), (0.25, 0.75))
+    """
+    if not isinstance(steps, int):
+        points = tuple(float(point) for point in steps)
+        if not points or not all(0.0 <= point <= 1.0 for point in points):
+            raise MetricError(f"points {points}: give at least one, each from 0 (receiving run) to 1 (other run)")
+        return points
+    if steps < 0:
+        raise MetricError(
+            f"steps={steps}: give 0 for the gradient at the receiving run, or the number of points of the path"
+        )
+    return (0.0,) if steps == 0 else tuple((i + 0.5) / steps for i in range(steps))
+
+
+def check_gradient(runs: Comparison, points: Sequence[float]) -> None:
+    """Refuse metrics whose gradient says nothing at these points."""
+    if not runs.metric.differentiable:
+        raise MetricError(
+            f"{runs.metric.name!r} has a zero gradient almost everywhere, so estimates of it are all zero; "
+            "use metric='logit_diff', or measure it exactly with mi.patch"
+        )
+    if runs.metric.needs_reference and runs.direction == "noise" and tuple(points) == (0.0,):
+        raise MetricError(
+            f"{runs.metric.name!r} is at its minimum in the clean run, where its gradient is zero: "
+            "use steps=5, direction='denoise' or another metric"
+        )
+
+
+def gradients(
+    runs: Comparison, sites: Selection, points: Sequence[float], *, capture: Selection | None = None
+) -> Iterator[tuple[dict[Site, Tensor], dict[Site, Tensor]]]:
+    """For each point of the path: dm/d(site) for whole sites, and the values of the captured ones.
+
+    The metric is summed over the batch, so each example has its own gradient whatever the batch is. A fresh leaf is
+    added at each site, which sees what flows through the site and not around it (no skip connection), and leaves the
+    ``.grad`` of the caller's parameters alone.
+    """
+    for point in points:
+        leaves: dict[Site, Tensor] = {}
+        values: dict[Site, Tensor] = {}
+        registry = HookRegistry(runs.model)
+        if point != 0.0:
+            start, end = runs.receiver[EMBED], runs.other[EMBED]
+            line = torch.lerp(start, end, point)
+            registry.transform(EMBED, lambda value, line=line: line, priority=-1)
+        for site in sites:
+
+            def grow(value: Tensor, site: Site = site) -> Tensor:
+                leaves[site] = torch.zeros_like(value, requires_grad=True)
+                return value + leaves[site]
+
+            registry.transform(site, grow)
+        if capture is not None:
+            registry.capture(capture, values)
+        with torch.enable_grad():
+            with registry:
+                logits = answer_logits(runs.model, runs.tokens, runs.task.answer_pos)
+            total = runs.measure(logits).sum()
+            ordered = list(leaves)
+            found = torch.autograd.grad(total, [leaves[site] for site in ordered])
+        yield dict(zip(ordered, found, strict=True)), values

