@@ -101,5 +101,5 @@ def did_you_mean(asked: object, known: Iterable[object], *, limit: int = 3) -> s
     near = difflib.get_close_matches(str(asked), names, n=limit, cutoff=0.6)
     if near:
         return "Did you mean " + " or ".join(repr(name) for name in near) + "?"
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"There are: {shown}." if names else "There are none."
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else ".")
+    return f"There are: {shown}" if names else "There are none."

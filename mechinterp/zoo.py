@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -66,6 +68,10 @@ def load(
     >>> mi.load("toy:induction").cfg.n_layers
     2
     """
+    with warnings.catch_warnings():
+        # In a notebook without ipywidgets the first import of it, by whomever, warns. Its bars are text then, and fine.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        import tqdm.auto  # noqa: F401
     if isinstance(source, str) and source.startswith("toy:"):
         from mechinterp import toys
 
@@ -77,6 +83,6 @@ def load(
 
         found = find_smollm2()
         return load_model(found, device=device, dtype=dtype, tokenizer=tokenizer, name=name or "smollm2")
-    if isinstance(source, str) and source.startswith("smol") and not os.path.exists(source):
+    if isinstance(source, str) and source.startswith("smol") and not Path(source).exists():
         raise ModelError(f"there is no model {source!r} here. {did_you_mean(source, ['smollm2'])}")
     return load_model(source, device=device, dtype=dtype, tokenizer=tokenizer, name=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 # No test may ask a model hub for anything: what is not on the machine has to be an error at once.
@@ -19,8 +20,10 @@ jaxtyping.install_import_hook("mechinterp", "beartype.beartype")
 import pytest
 import torch
 
+from tests.reference import Reference
+
 if TYPE_CHECKING:
-    from mechinterp import Model
+    from mechinterp import Model, Task
 
 # Sums over other numbers of threads differ in the last bits.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -121,6 +124,44 @@ def tiny_llama() -> Callable[..., Model]:
         return _loaded(LlamaForCausalLM, config, f"tiny-llama-{seed}", seed)
 
     return make
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A random model, pairs for it, and the same model written out by hand."""
+
+    model: Model
+    task: Task
+    reference: Reference
+
+
+@pytest.fixture(scope="session")
+def settings(tiny_gpt2: Callable[..., Model], tiny_llama: Callable[..., Model]) -> dict[str, Setting]:
+    """``gpt2``, and ``llama`` with grouped queries; pairs that differ at two places, answers at several positions."""
+    from mechinterp import Task
+
+    clean = torch.randint(1, 61, (5, 8), generator=torch.Generator().manual_seed(5))
+    corrupt = clean.clone()
+    # Row by row, so that the batch's first difference is not everybody's.
+    for row, places in enumerate([(2, 4), (3, 4), (2, 5), (4, 5), (3, 6)]):
+        corrupt[row, list(places)] = (clean[row, list(places)] + 7) % 60 + 1
+    task = Task(
+        name="random",
+        clean=clean,
+        corrupt=corrupt,
+        right=[3, 9, 27, 40, 11],
+        wrong=[8, 5, 33, 2, 50],
+        answer_pos=[7, 7, 6, 7, 7],
+        positions={"changed": [2, 3, 2, 4, 3]},
+    )
+    models = {"gpt2": tiny_gpt2(seed=1), "llama": tiny_llama(seed=1)}
+    return {name: Setting(model, task, Reference(model)) for name, model in models.items()}
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def setting(request: pytest.FixtureRequest, settings: dict[str, Setting]) -> Setting:
+    """One of the two."""
+    return settings[request.param]
 
 
 def _loaded(architecture: Any, config: Any, name: str, seed: int) -> Model:

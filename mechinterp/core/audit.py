@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from mechinterp.core.edits import Add
+from mechinterp.core.edits import Add, Call
 from mechinterp.core.model import Model
 from mechinterp.core.run import run
-from mechinterp.core.select import select
+from mechinterp.core.select import Selection
 from mechinterp.core.sites import KINDS, Site
 from mechinterp.errors import InertError, MechInterpError
 
@@ -50,48 +51,76 @@ def audit(model: Model) -> Audit:
 
     Notes
     -----
-    Cost: two tiny forward passes for each site. Made once by ``model.audit`` and kept there.
+    Cost: four tiny forward passes, and more where a site is refused. Made once, when a model is loaded, and kept as
+    ``model.audit``. Sites that it refuses cannot be edited or captured from then on.
     """
     generator = torch.Generator().manual_seed(0)
     high = min(model.cfg.d_vocab, 1000)
     tokens = torch.randint(0, high, (2, 5), generator=generator).to(model.device)
-    proved: list[str] = []
     refused: dict[str, str] = {}
-    values: dict[str, Tensor] = {}
+    values: dict[Site, Tensor] = {}
+    # The last block would hide a site whose edits are lost only before another block.
+    sites = [Site(name, 0 if kind.per_layer else None) for name, kind in KINDS.items()]
+    _each(sites, refused, lambda part: values.update(_seen(model, tokens, part)))
+    sites = [site for site in sites if site.name not in refused]
+    _each(sites, refused, lambda part: _check_same(model, tokens, part))
+    sites = [site for site in sites if site.name not in refused]
+    _each(sites, refused, lambda part: _check_reach(model, tokens, part, values))
+    proved = tuple(name for name in KINDS if name not in refused)
+    named = {site.name: value for site, value in values.items()}
+    return Audit(model.name, proved, {name: refused[name] for name in KINDS if name in refused}, _identities(model, named))
+
+
+def _each(sites: list[Site], refused: dict[str, str], check: Callable[[list[Site]], None]) -> None:
+    """Check all sites in one forward pass; only where that fails, one by one, to see which are refused and why."""
+    try:
+        check(sites)
+    except MechInterpError:
+        for site in sites:
+            try:
+                check([site])
+            except MechInterpError as error:
+                refused[site.name] = str(error)
+
+
+def _seen(model: Model, tokens: Tensor, sites: list[Site]) -> dict[Site, Tensor]:
+    """The value of each site: that it is seen exactly once and has its axes is checked by the capture."""
+    out = run(model, tokens, capture=Selection(tuple(sites)))
+    for site in sites:
+        value = out.cache.whole[site]
+        if not torch.isfinite(value).all() and site.name != "scores":
+            raise InertError(f"{site} holds values that are not finite")
+    return {site: out.cache.whole[site] for site in sites}
+
+
+def _check_same(model: Model, tokens: Tensor, sites: list[Site]) -> None:
+    """Replacing every site by itself changes no bit. Every site has its own rows: the logits put back would hide all others."""
+    batch, tokens = len(tokens), tokens.repeat(len(sites), 1)
+    edits = [Call(site, lambda value, _: value, rows=(i * batch, (i + 1) * batch)) for i, site in enumerate(sites)]
+    same = run(model, tokens, edits=edits).logits
     base = run(model, tokens).logits
-    for name, kind in KINDS.items():
-        # The last block would hide a site whose edits are lost only before another block.
-        site = Site(name, 0 if kind.per_layer else None)
-        try:
-            values[name] = run(model, tokens, capture=site)[site]
-            _prove(model, tokens, site, values[name], base)
-        except MechInterpError as error:
-            refused[name] = str(error)
-        else:
-            proved.append(name)
-    return Audit(model.name, tuple(proved), refused, _identities(model, values))
-
-
-def _prove(model: Model, tokens: Tensor, site: Site, value: Tensor, base: Tensor) -> None:
-    expected = tuple(value.shape[: len(site.kind.axes)])
-    if len(site.kind.axes) != value.ndim:
-        raise InertError(f"{site} has shape {list(expected)} where the axes are {' '.join(site.kind.axes)}")
-    if not torch.isfinite(value).all() and site.name != "scores":
-        raise InertError(f"{site} holds values that are not finite")
-    same = run(model, tokens, edits=[_replace(site, value)]).logits
     if not torch.equal(same, base):
-        raise InertError(f"replacing {site} by itself changes the logits by {float((same - base).abs().max()):.1e}")
-    generator = torch.Generator(device="cpu").manual_seed(1)
-    push = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-    moved = run(model, tokens, edits=[Add(site, push * value.nan_to_num(0, 0, 0).abs().clamp(min=0.1))]).logits
-    if torch.equal(moved, base) and not _reads_nothing(model, site):
-        raise InertError(f"an edit of {site} does not reach the logits on {model.cfg.architecture}")
+        raise InertError(
+            f"replacing {sites[0]} by itself changes the logits by {float((same - base).abs().max()):.1e} "
+            f"on {model.cfg.architecture}"
+        )
 
 
-def _replace(site: Site, value: Tensor):  # type: ignore[no-untyped-def]
-    from mechinterp.core.edits import Replace
-
-    return Replace(site, value)
+def _check_reach(model: Model, tokens: Tensor, sites: list[Site], values: Mapping[Site, Tensor]) -> None:
+    """An edit of each site changes the logits. Every site has its own rows of one forward pass; the first are unedited."""
+    generator = torch.Generator().manual_seed(1)
+    batch, edits = len(tokens), []
+    for i, site in enumerate(sites, start=1):
+        value = values[site]
+        push = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+        push = push * value.nan_to_num(0, 0, 0).abs().clamp(min=0.1, max=1e4)
+        edits.append(Add(site, push, rows=(i * batch, (i + 1) * batch)))
+    logits = run(model, tokens.repeat(len(sites) + 1, 1), edits=edits).logits.float()
+    parts = rearrange(logits, "(site b) p v -> site b p v", b=batch)
+    scale = float(parts[0].std()) or 1.0
+    for site, part in zip(sites, parts[1:], strict=True):
+        if float((part - parts[0]).abs().max()) < 1e-5 * scale and not _reads_nothing(model, site):
+            raise InertError(f"an edit of {site} does not reach the logits on {model.cfg.architecture}")
 
 
 def _reads_nothing(model: Model, site: Site) -> bool:

@@ -16,7 +16,7 @@ applied by ``priority``, then in the order given. Two replacements of the same n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -52,7 +52,7 @@ class Edit(_Scope):
 
     def apply(self, value: Tensor, site: Site) -> Tensor:
         """The new value of this part of the activation."""
-        raise TypeError(f"{type(self).__name__} has no apply; use one of its subclasses")
+        raise EditError(f"{type(self).__name__} does not say what to do; use one of its subclasses, such as Zero")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `edit_from_json` reads back."""
@@ -99,7 +99,8 @@ def _fitting(value: Tensor, given: Tensor, site: Site, edit: Edit) -> Tensor:
 
 def _vector(value: Tensor, given: Tensor, site: Site, edit: Edit) -> Tensor:
     """A direction ``[d]`` for the last axis, the one kind of value that is meant for all rows and positions."""
-    if given.ndim == 1 and value.ndim and given.shape[0] == value.shape[-1]:
+    # Of a single neuron the last axis left is the position, and a vector along it is no direction.
+    if given.ndim == 1 and site.neuron is None and value.ndim and given.shape[0] == value.shape[-1]:
         return _fitting(value, given.expand_as(value), site, edit)
     return _fitting(value, given, site, edit)
 
@@ -165,27 +166,41 @@ class Project(Edit):
     onto: bool = False
 
     def apply(self, value: Tensor, site: Site) -> Tensor:
-        rows = torch.atleast_2d(self.directions).to(value.device, torch.float32)
-        if rows.shape[-1] != value.shape[-1]:
+        rows = self.directions.unsqueeze(0) if self.directions.ndim == 1 else self.directions
+        rows = rows.to(value.device, torch.promote_types(value.dtype, torch.float32))
+        if rows.ndim != 2 or rows.shape[-1] != value.shape[-1] or site.neuron is not None:
             raise EditError(
-                f"Project at {site}: the directions have {rows.shape[-1]} entries, the activation {value.shape[-1]}"
+                f"Project at {site}: the directions have shape {list(self.directions.shape)}, not [d] or [n d] with the "
+                f"activation's last axis, d = {site.kind.axes[-1]}{'' if site.neuron is None else ' (one neuron is not enough)'}"
             )
-        # An orthonormal basis, so that directions need be neither unit length nor perpendicular.
-        basis = torch.linalg.qr(rows.T).Q.to(value.dtype)
+        # An orthonormal basis of the span: directions need be neither unit length nor perpendicular, nor independent.
+        _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
+        independent = sizes > sizes[0] * max(rows.shape) * torch.finfo(rows.dtype).eps
+        if not independent.any():
+            raise EditError(f"Project at {site}: the directions are all zero, so they span nothing")
+        basis = basis[independent].T.to(value.dtype)
         along = (value @ basis) @ basis.T
         return along if self.onto else value - along
 
 
 @dataclass(frozen=True, repr=False)
 class Call(Edit):
-    """Apply any function ``function(value, site) -> new value``. Cannot be serialised."""
+    """Apply any function ``function(value, site) -> new value``, or one that changes its argument in place and returns nothing.
+
+    Cannot be serialised.
+    """
 
     function: Callable[[Tensor, Site], Tensor | None]
 
     def apply(self, value: Tensor, site: Site) -> Tensor:
         # A function that works in place must not reach tensors that somebody keeps.
-        result = self.function(value.clone(), site)
-        return value if result is None else _fitting(value, result, site, self)
+        own = value.clone()
+        result: object = self.function(own, site)
+        if result is None:
+            return own
+        if not isinstance(result, Tensor):
+            raise EditError(f"Call at {site}: the function gave {type(result).__name__}, not a tensor")
+        return _fitting(value, result, site, self)
 
     def to_json(self) -> dict[str, Any]:
         raise EditError("Call holds a Python function and cannot be written to a file; use one of the named edits")
@@ -197,6 +212,11 @@ _EDITS: dict[str, type[Edit]] = {cls.__name__: cls for cls in (Replace, Add, Sca
 def edit_from_json(data: Mapping[str, Any]) -> Edit:
     """The edit that `Edit.to_json` wrote.
 
+    Raises
+    ------
+    EditError
+        No such edit, or not its fields.
+
     Examples
     --------
     >>> edit_from_json(Scale("L3.mlp_out", 0.5).to_json())
@@ -206,9 +226,22 @@ def edit_from_json(data: Mapping[str, Any]) -> Edit:
     name = content.pop("edit", None)
     if name not in _EDITS:
         raise EditError(f"there is no edit {name!r} that can be read from JSON. {did_you_mean(name, _EDITS)}")
+    known = {each.name: each for each in fields(_EDITS[name])}
     for key, entry in content.items():
+        if key not in known:
+            raise EditError(f"{name} has no field {key!r}. {did_you_mean(key, known)}")
         if isinstance(entry, Mapping) and "tensor" in entry:
-            content[key] = torch.tensor(entry["tensor"], dtype=getattr(torch, entry["dtype"]))
+            content[key] = torch.tensor(entry["tensor"], dtype=_dtype(entry.get("dtype")))
         elif key == "rows" and entry is not None:
             content[key] = tuple(entry)
+    missing = [key for key, each in known.items() if each.default is MISSING and key not in content]
+    if missing:
+        raise EditError(f"{name} needs {', '.join(missing)}; there is only {', '.join(content) or 'nothing'}")
     return _EDITS[name](**content)
+
+
+def _dtype(name: object) -> torch.dtype:
+    found = getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype):
+        raise EditError(f"there is no dtype {name!r}; write one of torch's, such as 'float32'")
+    return found

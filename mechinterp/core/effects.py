@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +52,9 @@ class Effects:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        missing = [axis for axis in self.axes if axis not in self.coords]
+        if missing:
+            raise EditError(f"axis {missing[0]!r} has no labels; coords has {', '.join(self.coords) or 'none'}")
         sizes = [len(self.coords[axis]) for axis in self.axes]
         if list(self.per_example.shape[:-1]) != sizes:
             raise EditError(f"values of shape {list(self.per_example.shape)} do not fit axes {self.axes} of sizes {sizes}")
@@ -63,19 +68,26 @@ class Effects:
     def standard_error(self) -> Tensor:
         """``[*axes]``: of the mean over prompts; nan for a single prompt."""
         n = self.per_example.shape[-1]
-        return self.per_example.float().std(dim=-1) / n**0.5
+        # torch gives nan as well, with a warning.
+        return self.per_example.float().std(dim=-1) / n**0.5 if n > 1 else torch.full_like(self.values, torch.nan)
 
     def __sub__(self, other: Effects) -> Effects:
-        """Cell by cell, for instance an estimate minus the exact effect. Both must have the same axes and labels."""
+        """Cell by cell, for instance an estimate minus the exact effect. Both must have the same axes, labels and prompts."""
+        if self.per_example.shape[-1] != other.per_example.shape[-1]:
+            raise EditError(
+                f"cannot subtract effects on {other.per_example.shape[-1]} prompts from effects on {self.per_example.shape[-1]}"
+            )
         if self.axes != other.axes or dict(self.coords) != dict(other.coords):
             raise EditError(f"cannot subtract effects over {other.axes} from effects over {self.axes} with other labels")
+        # What both agree on (model, task, site, unit) holds for the difference too.
+        shared = {key: value for key, value in self.provenance.items() if other.provenance.get(key) == value}
         return Effects(
             f"{self.quantity} minus {other.quantity}",
             self.axes,
             self.coords,
             self.per_example - other.per_example,
             self.baseline,
-            {"minuend": dict(self.provenance), "subtrahend": dict(other.provenance)},
+            shared | {"minuend": dict(self.provenance), "subtrahend": dict(other.provenance)},
         )
 
     def label(self, index: int) -> str:
@@ -85,7 +97,7 @@ class Effects:
         if self.axes in (("site",), ("node",)):
             return str(parts[0])
         if self.axes == ("edge",):
-            src, dst, port = parts[0]  # type: ignore[misc]
+            src, dst, port = parts[0] if isinstance(parts[0], tuple) else ("", "", "")
             return f"{src}->{dst}" + (f"<{port}>" if port != "in" else "")
         short = {"layer": "L{}", "head": "H{}", "kv_head": "KV{}", "neuron": "N{}", "pos": "[{}]"}
         name = self.provenance.get("site", "")
@@ -135,10 +147,10 @@ class Effects:
     def _heatmap(self, figure_class: Any) -> Any:
         values = self.values.cpu()
         rows, columns = values.shape
-        figure = figure_class(figsize=(min(9.0, 2.2 + 0.28 * columns), min(8.0, 1.4 + 0.2 * rows)), layout="constrained")
+        figure = figure_class(figsize=(min(9.0, 2.2 + 0.28 * columns), min(8.0, 1.4 + 0.16 * rows)), layout="constrained")
         axes = figure.add_subplot()
         largest = float(values.abs().nan_to_num(0).max()) or 1.0
-        image = axes.imshow(values, cmap=_colours(), vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
+        image = axes.imshow(values.numpy(), cmap=_colours(), vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
         for axis, setter, size in ((self.axes[0], axes.set_yticks, rows), (self.axes[1], axes.set_xticks, columns)):
             step = max(1, -(-size // 16))
             ticks = list(range(0, size, step))
@@ -166,23 +178,27 @@ class Effects:
 
     def _title(self) -> str:
         task, model = self.provenance.get("task"), self.provenance.get("model")
-        return self.quantity + (f"\n{task}, {model}" if task else "")
+        return textwrap.fill(self.quantity, 56) + (f"\n{task} on {model}, {self.per_example.shape[-1]} prompts" if task else "")
 
     def _repr_svg_(self) -> str | None:
         try:
             figure = self.plot()
         except MissingExtraError:
             return None
+        from matplotlib import rc_context
+
+        # No date and no random ids: the same numbers give the same picture, also in a notebook under version control.
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg")
+        with rc_context({"svg.hashsalt": "mechinterp"}):
+            figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         # A notebook shows the element alone; the XML header and its addresses are not needed.
         text = buffer.getvalue()
         return text[text.index("<svg") :]
 
-    def _repr_html_(self) -> str:
-        picture = self._repr_svg_()
-        if picture is not None:
-            return f"<div>{picture}<pre>{escape(repr(self))}</pre></div>"
+    def _repr_html_(self) -> str | None:
+        # The picture alone where there is one: viewers that prefer HTML, GitHub among them, drop SVG inside of it.
+        if find_spec("matplotlib") is not None:
+            return None
         rows = "".join(f"<tr><td>{escape(name)}</td><td>{value:+.4f}</td></tr>" for name, value in self.top(20))
         return f"<pre>{escape(repr(self))}</pre><table>{rows}</table>"
 

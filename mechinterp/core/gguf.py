@@ -151,9 +151,7 @@ def find_smollm2() -> Path:
     )
 
 
-def load_gguf(
-    path: str | Path, *, cache: bool = True
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, GgufInfo]:
+def load_gguf(path: str | Path, *, cache: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, GgufInfo]:
     """Load the model and the tokenizer of a GGUF file as plain Hugging Face objects.
 
     The first load dequantises the weights, w = scale * q + offset per block, and keeps them in `cache_dir`,
@@ -345,8 +343,7 @@ def _llama_config(reader: GGUFReader) -> LlamaConfig:
     n_rotary = int(_field(reader, "llama.rope.dimension_count", d_head))
     if n_rotary != d_head:
         raise ModelError(
-            f"The GGUF file rotates {n_rotary} of {d_head} dimensions of a head, where a Llama rotates all. "
-            + _FOLDER_INSTEAD
+            f"The GGUF file rotates {n_rotary} of {d_head} dimensions of a head, where a Llama rotates all. " + _FOLDER_INSTEAD
         )
     epsilon = _field(reader, "llama.attention.layer_norm_rms_epsilon")
     theta = float(_field(reader, "llama.rope.freq_base", 10000.0))

@@ -11,6 +11,7 @@ What a `HookRegistry` promises:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,12 +25,12 @@ from torch import Tensor, nn
 
 from mechinterp.core.edits import Call, Edit
 from mechinterp.core.model import Model
-from mechinterp.core.places import Place, place_of
+from mechinterp.core.places import Place
 from mechinterp.core.select import Selection, resolve_position, select
 from mechinterp.core.sites import Site
 from mechinterp.errors import EditError, InertError, SelectorError
 
-__all__ = ["HookRegistry"]
+__all__ = ["HookRegistry", "active_registries", "block_calls", "foreign_hooks"]
 
 # Hooks are global to all threads, so each one asks whether its registry is active *here*.
 _ACTIVE: ContextVar[tuple[int, ...]] = ContextVar("mechinterp_active_registries", default=())
@@ -42,7 +43,7 @@ class _Step:
     place: Place
     act: Callable[[Tensor, dict[str, Tensor]], Tensor | None]
     label: str
-    priority: float
+    priority: int
     fired: int = 0
 
 
@@ -112,8 +113,15 @@ class HookRegistry:
         ------
         SelectorError, SiteError
             The selector names nothing on this model, or a site that cannot be edited on it.
+        EditError
+            A selector without a function; or an edit together with what only a function takes.
         """
-        if not isinstance(edit, Edit):
+        if isinstance(edit, Edit):
+            if function is not None or rows is not None or priority:
+                raise EditError(
+                    f"{edit!r} brings its own function, rows and priority; give rows= and priority= to the edit itself"
+                )
+        else:
             if function is None:
                 raise EditError(f"{edit!r} says where but not what; pass a function, or an edit such as mi.Zero({str(edit)!r})")
             edit = Call(edit, function, rows=rows, priority=priority)
@@ -121,7 +129,7 @@ class HookRegistry:
             self._add_edit(edit, site)
 
     def _add_edit(self, edit: Edit, site: Site) -> None:
-        place = place_of(self.model, site)
+        place = self.model.place(site)
         if edit.absolute:
             self._claims.setdefault(site.whole, []).append(_Claim(site, edit.rows, edit))
 
@@ -130,6 +138,7 @@ class HookRegistry:
             index = self._index(site, edit.rows, old)
             part = old[index]
             new_part = edit.apply(part, site)
+            _check_written(part, new_part, f"{edit!r} at {site}")
             new = old.clone()
             new[index] = new_part
             return place.write(hooked, old, new, kept)
@@ -139,22 +148,28 @@ class HookRegistry:
     def capture(self, selection: Selection, into: dict[Site, Tensor], *, grad: bool = False) -> None:
         """Keep the (edited) value of each selected activation in ``into``, whole, keyed by ``site.whole``."""
         for whole in dict.fromkeys(site.whole for site in selection):
-            place = place_of(self.model, whole)
+            place = self.model.place(whole)
 
-            def act(hooked: Tensor, kept: dict[str, Tensor], place: Place = place, whole: Site = whole) -> None:
+            def act(hooked: Tensor, kept: dict[str, Tensor], place: Place = place, whole: Site = whole) -> Tensor | None:
                 value = place.read(hooked, kept)
+                if value.ndim != len(whole.kind.axes):
+                    raise InertError(f"{whole} has shape {list(value.shape)} where the axes are {' '.join(whole.kind.axes)}")
                 into[whole] = value if grad else value.detach()
+                # A view that the model does not go on with would have no gradient.
+                return place.write(hooked, value, value, kept) if grad and not place.needs else None
 
             # After all edits, so that what is kept is what the model went on with.
-            self._steps.append(_Step(place, act, f"capture of {whole}", float("inf")))
+            self._steps.append(_Step(place, act, f"capture of {whole}", sys.maxsize))
 
-    def transform(self, site: Site, act: Callable[[Tensor], Tensor], *, priority: float = 0) -> None:
+    def transform(self, site: Site, act: Callable[[Tensor], Tensor], *, priority: int = 0) -> None:
         """Rewrite one whole activation: ``act(value) -> value``, gradients included. For methods, not for notebooks."""
-        place = place_of(self.model, site)
+        place = self.model.place(site)
 
         def rewrite(hooked: Tensor, kept: dict[str, Tensor]) -> Tensor:
             old = place.read(hooked, kept)
-            return place.write(hooked, old, act(old), kept)
+            new = act(old)
+            _check_written(old, new, f"transform of {site}")
+            return place.write(hooked, old, new, kept)
 
         self._steps.append(_Step(place, rewrite, f"transform of {site}", priority))
 
@@ -192,14 +207,15 @@ class HookRegistry:
     # -- acting --------------------------------------------------------------------------------
 
     def __enter__(self) -> HookRegistry:
+        if self._scopes:
+            # Its hooks would be there twice, and every edit would act twice.
+            raise EditError("this registry is already attached; make another HookRegistry for a second with block or thread")
         scope = self._attached()
         scope.__enter__()
         self._scopes.append(scope)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._scopes.pop().__exit__(kind, error, trace)
 
     @contextmanager
@@ -237,7 +253,7 @@ class HookRegistry:
         points: dict[int, nn.Module] = {}
         steps: dict[int, list[_Step]] = {}
         needed: set[int] = set()
-        for step in sorted(self._steps, key=lambda each: each.priority):
+        for step in sorted(self._steps, key=lambda each: (each.place.stage, each.priority)):
             points[id(step.place.point)] = step.place.point
             steps.setdefault(id(step.place.point), []).append(step)
             for _, point in step.place.needs:
@@ -254,10 +270,12 @@ class HookRegistry:
                 return None
             is_output = module is self.model.hf
             tensor = output.logits if is_output else output
+            # One for each site, shared by its steps: a place may note there what it wrote.
+            noted: dict[Site, dict[str, Tensor]] = {}
             for step in steps:
                 step.fired += 1
                 names = {name: kept[id(point)] for name, point in step.place.needs}
-                result = step.act(tensor, names)
+                result = step.act(tensor, noted.setdefault(step.place.site, names))
                 tensor = tensor if result is None else result
             if keeps:
                 kept[id(module)] = tensor
@@ -288,6 +306,62 @@ class HookRegistry:
                     f"{step.label} fired {step.fired} times in {self._forwards} forward passes of {self.model.name} "
                     f"({self.model.cfg.architecture}); this site does not act as its name says there. See model.audit"
                 )
+
+
+@contextmanager
+def block_calls(model: Model) -> Iterator[list[dict[str, Any]]]:
+    """The keyword arguments with which the model calls each block, in order, during the forward pass inside."""
+    calls: list[dict[str, Any]] = [{} for _ in range(model.cfg.n_layers)]
+    me = object()
+    token = _ACTIVE.set((*_ACTIVE.get(), id(me)))
+    handles = []
+
+    def note(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if id(me) in _ACTIVE.get():
+                calls[layer] = dict(kwargs)
+
+        return hook
+
+    try:
+        for layer in range(model.cfg.n_layers):
+            handles.append(model.block(layer).register_forward_pre_hook(note(layer), with_kwargs=True))
+        yield calls
+    finally:
+        _ACTIVE.reset(token)
+        for handle in handles:
+            handle.remove()
+
+
+def active_registries() -> int:
+    """How many registries act on forward passes of this thread (and task) now."""
+    return len(_ACTIVE.get())
+
+
+def foreign_hooks(model: Model) -> int:
+    """How many hooks sit on the model that are neither ours nor transformer_lens's own."""
+    found = 0
+    for module in model.hf.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            found += sum(1 for hook in hooks.values() if not _is_house(hook))
+    return found
+
+
+def _is_house(hook: Callable[..., Any]) -> bool:
+    """transformer_lens wires some hooks of its own; ours may be there for another thread."""
+    name = getattr(hook, "__qualname__", "")
+    return name.startswith(("BlockBridge.", "HookRegistry.", "block_calls."))
+
+
+def _check_written(old: Tensor, new: Any, label: str) -> None:
+    """Raise `EditError` unless a new value fits the old one: assignment would broadcast and convert it silently."""
+    if not isinstance(new, Tensor):
+        raise EditError(f"{label} gave {type(new).__name__}, not a tensor of shape {list(old.shape)}")
+    if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
+        raise EditError(
+            f"{label} gave {new.dtype} of shape {list(new.shape)} on {new.device}; the activation there is {old.dtype} "
+            f"of shape {list(old.shape)} on {old.device}"
+        )
 
 
 def _overlap(one: _Claim, other: _Claim) -> bool:

@@ -30,8 +30,10 @@ def load_model(
 ) -> Model:
     """A `Model` of a hub name, folder, GGUF file, Hugging Face module or bridge; see `mechinterp.load`."""
     if isinstance(source, Model):
-        return source
-    if isinstance(source, nn.Module):
+        if all(given is None for given in (device, dtype, tokenizer, name)):
+            return source
+        module, found, default_name = source.bridge, source.tokenizer, source.name
+    elif isinstance(source, nn.Module):
         module, found = source, None
         default_name = type(source).__name__
     elif str(source).endswith(".gguf"):
@@ -42,10 +44,10 @@ def load_model(
     else:
         module, found = _from_pretrained(str(source))
         default_name = Path(str(source)).name if Path(str(source)).is_dir() else str(source)
+    if device is not None or dtype is not None:
+        (module.original_model if _is_bridge(module) else module).to(device=device, dtype=dtype)
     if _is_bridge(module):
-        found = tokenizer or module.tokenizer
-    elif device is not None or dtype is not None:
-        module = module.to(device=device, dtype=dtype)
+        found = found or module.tokenizer
     return wrap(module, tokenizer=tokenizer or found, name=name or default_name)
 
 
@@ -54,12 +56,18 @@ def _is_bridge(module: nn.Module) -> bool:
 
 
 def _from_pretrained(source: str) -> tuple[nn.Module, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         # Float32 unless asked otherwise: effects are differences of close numbers.
         module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        if Path(source).is_dir():
+            raise ModelError(
+                f"cannot load the folder {source!r} ({str(error).splitlines()[0][:200]}); it needs config.json and "
+                "*.safetensors as model.save_pretrained(folder) writes them"
+            ) from error
         raise ModelError(
             f"cannot load {source!r}: it is no local folder with a model, and the model hub did not give it "
             f"({str(error).splitlines()[0][:200]}). Offline, use mi.load('smollm2') or mi.load('toy:induction'), or copy the "
@@ -93,7 +101,10 @@ def wrap(module: nn.Module, *, tokenizer: Any = None, name: str) -> Model:
         bridge = _bridge(module, name)
     module = bridge.original_model
     module.eval()
-    return Model(bridge=bridge, tokenizer=tokenizer, name=name, cfg=_config(bridge))
+    model = Model(bridge=bridge, tokenizer=tokenizer, name=name, cfg=_config(bridge))
+    # Proved now, so that no site is ever used that does not mean what it says.
+    _ = model.audit
+    return model
 
 
 def _bridge(module: nn.Module, name: str) -> Any:
@@ -104,7 +115,8 @@ def _bridge(module: nn.Module, name: str) -> Any:
     if existing is not None:
         # Bridging twice would wrap the hook points of the first time.
         return existing
-    with _quiet():
+    # The bridge makes layers of its own, with random numbers that it then replaces.
+    with _quiet(), torch.random.fork_rng(devices=[]):
         from transformer_lens.model_bridge.sources import build_bridge_from_module
 
         # A fused attention kernel shows no scores and no pattern to hook.
@@ -136,6 +148,12 @@ def _config(bridge: Any) -> ModelConfig:
     given, module = bridge.cfg, bridge.original_model
     hf = getattr(module.config, "text_config", module.config)
     blocks = list(bridge.blocks)
+    lacking = [part for part in ("attn", "mlp") if not hasattr(blocks[0], part)]
+    if lacking:
+        raise ModelError(
+            f"{type(module).__name__} ({module.config.model_type}) is not a transformer of attention and MLP blocks: "
+            f"its blocks have no {' and no '.join(lacking)}"
+        )
     n_kv = getattr(given, "n_key_value_heads", None) or given.n_heads
     first = blocks[0]
     return ModelConfig(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mechinterp.core.sites import KINDS
+from mechinterp.core.places import Place, place_of
+from mechinterp.core.sites import KINDS, Site
 from mechinterp.errors import ModelError, SiteError
 
 __all__ = ["Model", "ModelConfig"]
@@ -74,8 +76,9 @@ class Model:
     name: str
     cfg: ModelConfig
     _points: dict[str, nn.Module] = field(default_factory=dict, repr=False)
-    _projections: dict[tuple[int, str], Projection] = field(default_factory=dict, repr=False)
     _audit: Any = field(default=None, repr=False)
+    # Why runs cannot start in the middle of this model ("" where they can); see `mechinterp.core.replay`.
+    replay_checked: str | None = field(default=None, repr=False)
 
     @property
     def hf(self) -> Any:
@@ -136,7 +139,7 @@ class Model:
             )
         if tokens.shape[1] > self.cfg.n_ctx:
             raise ModelError(f"{tokens.shape[1]} tokens do not fit {self.name}, which reads at most {self.cfg.n_ctx}")
-        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.cfg.d_vocab):
+        if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.cfg.d_vocab):
             raise ModelError(
                 f"token ids reach from {int(tokens.min())} to {int(tokens.max())}, but {self.name} knows 0 to "
                 f"{self.cfg.d_vocab - 1}; were they made with another tokenizer?"
@@ -172,6 +175,12 @@ class Model:
         except KeyError:
             raise SiteError(f"{self.name} ({self.cfg.architecture}) has no hook point {full!r}") from None
 
+    def place(self, site: Site) -> Place:
+        """How a site is seen and edited here; `SiteError` where the audit refused it."""
+        if self._audit is not None and site.name in self._audit.refused:
+            raise SiteError(f"{site.name!r} is refused on {self.name}: {self._audit.refused[site.name]}")
+        return place_of(self, site)
+
     def block(self, layer: int) -> Any:
         """The bridge's block."""
         return self.bridge.blocks[layer]
@@ -195,21 +204,51 @@ class Model:
 
         ``o`` maps ``[head, d_head, d_model]``; its bias belongs to no head and is left out here.
         """
-        key = (layer, which)
-        if key not in self._projections:
-            module = getattr(self.block(layer).attn, which).original_component
-            # Hugging Face's Conv1D (GPT-2) keeps [in out], torch's Linear [out in].
-            weight = module.weight if type(module).__name__ == "Conv1D" else module.weight.T
-            heads = self.cfg.n_heads if which in "qo" else self.cfg.n_kv_heads
-            if which == "o":
-                split = weight.reshape(heads, self.cfg.d_head, -1)
-                self._projections[key] = Projection(split.detach(), None)
-            else:
-                split = weight.reshape(-1, heads, self.cfg.d_head).permute(1, 0, 2)
-                bias = getattr(module, "bias", None)
-                shaped = None if bias is None else bias.detach().reshape(heads, self.cfg.d_head)
-                self._projections[key] = Projection(split.detach(), shaped)
-        return self._projections[key]
+        module = getattr(self.block(layer).attn, which).original_component
+        # Hugging Face's Conv1D (GPT-2) keeps [in out], torch's Linear [out in].
+        weight = module.weight if type(module).__name__ == "Conv1D" else module.weight.T
+        heads = self.cfg.n_heads if which in "qo" else self.cfg.n_kv_heads
+        # Views, made anew each time: kept ones would outlive a change of weights, dtype or device.
+        if which == "o":
+            return Projection(weight.reshape(heads, self.cfg.d_head, -1).detach(), None)
+        split = weight.reshape(-1, heads, self.cfg.d_head).permute(1, 0, 2)
+        bias = getattr(module, "bias", None)
+        return Projection(split.detach(), None if bias is None else bias.detach().reshape(heads, self.cfg.d_head))
+
+    # -- parts of the forward pass, for runs that start in the middle of it; no hooks fire ------------------------
+
+    def attention_adds(self, layer: int, z: Tensor) -> Tensor:
+        """What attention adds to the stream ``[batch pos d_model]`` for these head outputs z ``[batch pos head d_head]``."""
+        block = self.block(layer)
+        out = block.attn.o.original_component(z.flatten(start_dim=2))
+        after = getattr(block, "ln1_post", None)
+        return out if after is None else after.original_component(out)
+
+    def mlp_adds(self, layer: int, stream: Tensor) -> Tensor:
+        """What the MLP adds to the stream when it reads ``stream`` ``[batch pos d_model]``, before its norm."""
+        block = self.block(layer)
+        has_norm = getattr(block, "ln2", None) is not None or self.cfg.parallel
+        out = block.mlp(self.norm("mlp", layer)(stream) if has_norm else stream)
+        after = getattr(block, "ln2_post", None)
+        return out if after is None else after.original_component(out)
+
+    def neurons_add(self, layer: int, neurons: Tensor) -> Tensor:
+        """What the MLP adds to the stream for these neuron activations ``[batch pos d_mlp]``."""
+        block = self.block(layer)
+        out = block.mlp.out.original_component(neurons)
+        after = getattr(block, "ln2_post", None)
+        return out if after is None else after.original_component(out)
+
+    def unembed(self, stream: Tensor) -> Tensor:
+        """Logits ``[... vocab]`` of the last residual stream ``[... d_model]``, soft cap included."""
+        logits = self.bridge.unembed.original_component(self.norm("final")(stream))
+        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def cache_argument(self, layer: int) -> str:
+        """What this architecture's blocks call the cache of keys and values."""
+        parameters = signature(self.block(layer).original_component.forward).parameters
+        return "layer_past" if "layer_past" in parameters else "past_key_values"
 
     def describe(self) -> dict[str, object]:
         """Name, shape, device and dtype, for the provenance of results."""

@@ -44,6 +44,8 @@ class Place:
         ``(hooked, kept) -> value`` with the site's axes.
     write
         ``(hooked, old, new, kept) -> hooked`` such that the site takes the new value.
+    stage
+        Of sites that share a hook point, the one that is computed from the other has the later stage.
     """
 
     site: Site
@@ -51,6 +53,12 @@ class Place:
     read: Read
     write: Write
     needs: tuple[tuple[str, nn.Module], ...] = ()
+    stage: int = 0
+
+
+# Under this name a site whose value cannot be read off the hooked tensor keeps what was last written to it,
+# so that a second edit starts from the first one's result, and a capture sees both.
+_WRITTEN = "written"
 
 
 def _same(tensor: Tensor, kept: dict[str, Tensor]) -> Tensor:
@@ -85,7 +93,8 @@ def place_of(model: Model, site: Site) -> Place:
         def join(hooked: Tensor, old: Tensor, new: Tensor, kept: dict[str, Tensor]) -> Tensor:
             return new.reshape(hooked.shape)
 
-        return Place(whole, point, split, join)
+        # What the queries, keys and values read is edited at the same point, and comes before them.
+        return Place(whole, point, split, join, stage=1)
     return Place(whole, point, _same, _put)
 
 
@@ -117,7 +126,7 @@ def _resid_mid(model: Model, site: Site) -> Place:
     def write(hooked: Tensor, old: Tensor, new: Tensor, kept: dict[str, Tensor]) -> Tensor:
         return hooked + (new - old)
 
-    return Place(site, attn_out, read, write, (("resid_pre", before),))
+    return Place(site, attn_out, read, write, (("resid_pre", before),), stage=1)
 
 
 def _mlp_in(model: Model, site: Site) -> Place:
@@ -128,9 +137,10 @@ def _mlp_in(model: Model, site: Site) -> Place:
     before = model.point(str(KINDS["resid_pre"].point), site.layer)
 
     def read(hooked: Tensor, kept: dict[str, Tensor]) -> Tensor:
-        return kept["resid_pre"]
+        return kept.get(_WRITTEN, kept["resid_pre"])
 
     def write(hooked: Tensor, old: Tensor, new: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        kept[_WRITTEN] = new
         value = model.norm("mlp", site.layer)(new)
         if torch.is_grad_enabled():
             return value
@@ -144,10 +154,13 @@ def _head_out(model: Model, site: Site) -> Place:
     z = place_of(model, Site("z", site.layer))
 
     def read(hooked: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        if _WRITTEN in kept:
+            return kept[_WRITTEN]
         weight = model.projection(site.layer or 0, "o").weight
         return einsum(z.read(kept["z"], kept), weight, "b p h d, h d m -> b p h m")
 
     def write(hooked: Tensor, old: Tensor, new: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        kept[_WRITTEN] = new
         return hooked + (new - old).sum(dim=2)
 
     return Place(site, model.point(ATTN_PROJECTED, site.layer), read, write, (("z", z.point),))
@@ -160,11 +173,14 @@ def _port(which: str) -> Callable[[Model, Site], Place]:
         heads = model.cfg.n_heads if which == "q" else model.cfg.n_kv_heads
 
         def read(hooked: Tensor, kept: dict[str, Tensor]) -> Tensor:
+            if _WRITTEN in kept:
+                return kept[_WRITTEN]
             return kept["resid_pre"].unsqueeze(2).expand(-1, -1, heads, -1)
 
         # Splitting the stream per head beforehand costs memory on every forward and switches other
         # hooks off. Recomputing the projection of what changed is exact and costs nothing otherwise.
         def write(hooked: Tensor, old: Tensor, new: Tensor, kept: dict[str, Tensor]) -> Tensor:
+            kept[_WRITTEN] = new
             projection = model.projection(site.layer or 0, which)
             value = einsum(model.norm("attn", site.layer)(new), projection.weight, "b p h m, h m d -> b p h d")
             if projection.bias is not None:

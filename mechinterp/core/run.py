@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,16 +15,19 @@ from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.model import Model
 from mechinterp.core.select import Selection, resolve_position, select
 from mechinterp.core.sites import Site
-from mechinterp.errors import SiteError, did_you_mean
+from mechinterp.errors import SelectorError, SiteError, did_you_mean
 
 __all__ = ["Cache", "Prompts", "Run", "run", "tokens_of"]
 
 
+@runtime_checkable
 class Prompts(Protocol):
     """What the core needs of a task: its clean tokens and named positions."""
 
-    clean: Tensor
-    positions: Mapping[str, Tensor]
+    @property
+    def clean(self) -> Tensor: ...
+    @property
+    def positions(self) -> Mapping[str, Tensor]: ...
 
 
 def tokens_of(prompts: Tensor | Prompts) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -59,6 +62,9 @@ class Cache(Mapping[Site, Tensor]):
             raise SiteError(
                 f"{site} was not captured. {did_you_mean(site, kept)} Ask for it with capture={str(site)!r}"
             ) from None
+        if site == site.whole:
+            # Itself and not a view of it, which no gradient would reach.
+            return value
         axes = site.kind.axes
         index: list[Any] = [slice(None)] * len(axes)
         if site.head is not None:
@@ -102,9 +108,7 @@ class Cache(Mapping[Site, Tensor]):
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()[:40]
-        )
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()[:40])
         more = f"<p>... {len(self.whole) - 40} more</p>" if len(self.whole) > 40 else ""
         head = f"<b>Cache</b>: {len(self.whole)} activations, {self.bytes / 2**20:.1f} MiB"
         return f"{head}<table><tr><th>site</th><th>axes</th><th>shape</th></tr>{body}</table>{more}"
@@ -162,9 +166,11 @@ def run(
     capture
         A selector of activations to keep.
     keep
-        Positions to unembed (default: all).
+        Positions to unembed (default: all). The site ``logits`` cannot be edited or captured then.
     grad
-        Keep the graph for gradients. Off by default.
+        Keep the graph, so that ``torch.autograd.grad(metric, run[site])`` works. Off by default. For whole activations
+        only (a head is a view, which the model does not go on with), and not for sites that are computed beside the
+        model's own path (``pos_embed resid_mid head_out q_in k_in v_in``): torch says that they were not used.
 
     Returns
     -------
@@ -195,6 +201,14 @@ def run(
     registry = HookRegistry(model, positions)
     for edit in edits:
         registry.add(edit)
+    if keep is not None:
+        touched = [site for edit in edits for site in select(edit.at, model.cfg)]
+        for site in (*touched, *selection):
+            if site.name == "logits":
+                # Position 3 of the prompt would be another row of what is left.
+                raise SelectorError(
+                    f"with keep= the logits have other positions than the prompts; leave out keep= or {str(site)!r}"
+                )
     registry.capture(selection, kept, grad=grad)
     with torch.set_grad_enabled(grad), registry:
         logits = model(tokens, keep=keep)

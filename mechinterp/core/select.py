@@ -5,9 +5,10 @@ Grammar
 ``pattern``  one or more terms joined by ``|``
 ``term``     ``[Llayers.][Hheads.|KVheads.][Nneurons.]name[positions]``
 ``indices``  ``*`` (all), ``3``, ``-1`` (from the end), ``0-5`` (both included), ``1,3,5-7``
-``positions``  inside brackets: the same, ``2:5`` (end excluded), or the name of a position of the task
+``positions``  inside brackets: ``3``, ``-1``, ``0-5``, ``1,3,5-7``, ``2:5`` (end excluded), or the name of a position of the task
 
-Omitting a head, neuron or position means the whole axis in one site; ``*`` means each one separately.
+Omitting a head, neuron or position means the whole axis in one site; ``*`` means each one separately
+(not for positions: how many there are depends on the prompts).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mechinterp.core.sites import KINDS, Site, kind_of
 from mechinterp.errors import SelectorError, SiteError, did_you_mean
@@ -37,15 +38,25 @@ _INTEGER = re.compile(r"-?\d+")
 _RANGE = re.compile(r"(\d+)-(\d+)")
 
 
+@runtime_checkable
 class Sized(Protocol):
     """What a selector needs to know of a model."""
 
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_model: int
-    d_head: int
-    d_mlp: int
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def n_kv_heads(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def d_head(self) -> int: ...
+    @property
+    def d_mlp(self) -> int: ...
+
+
+_SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp")
 
 
 @dataclass(frozen=True)
@@ -111,11 +122,13 @@ def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized) -
     156
     """
     if isinstance(pattern, Selection):
-        return Selection(tuple(_checked(site, cfg) for site in pattern))
+        if not pattern.sites:
+            raise SelectorError("an empty selection selects nothing; was it an intersection or a difference?")
+        return Selection(tuple(dict.fromkeys(_checked(site, cfg) for site in pattern)))
     if isinstance(pattern, Site):
         return Selection((_checked(pattern, cfg),))
     if isinstance(pattern, str):
-        sizes = tuple(int(getattr(cfg, name)) for name in Sized.__annotations__)
+        sizes = tuple(int(getattr(cfg, name)) for name in _SIZES)
         return _parse(pattern, sizes)
     found = Selection(())
     for part in pattern:
@@ -126,12 +139,17 @@ def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized) -
 
 
 def _checked(site: Site, cfg: Sized) -> Site:
-    return select(str(site), cfg).sites[0]
+    sites = select(str(site), cfg).sites
+    if len(sites) != 1:
+        raise SelectorError(
+            f"{site!r} holds {site.pos!r}, which names {len(sites)} positions; a Site has one, a pattern may have many"
+        )
+    return sites[0]
 
 
 @lru_cache(maxsize=1024)
 def _parse(pattern: str, sizes: tuple[int, ...]) -> Selection:
-    size = dict(zip(Sized.__annotations__, sizes, strict=True))
+    size = dict(zip(_SIZES, sizes, strict=True))
     sites: dict[Site, None] = {}
     for term in pattern.split("|"):
         match = _TERM.match(term)

@@ -27,6 +27,9 @@ class Report:
 
     Faithfulness is (m(circuit) - m(corrupt)) / (m(clean) - m(corrupt)), a ratio of means over prompts, unclamped: below 0 and
     above 1 mean something (a circuit without the parts that work against the answer is above 1).
+
+    ``random_faithfulness`` holds one number for each random circuit of equal size; ``random_interval`` is ``None`` where
+    there are none. ``beats_random`` counts those that the circuit is better than, by more than rounding.
     """
 
     task: str
@@ -40,7 +43,7 @@ class Report:
     faithfulness_interval: tuple[float, float]
     mean_of_ratios: float
     random_faithfulness: tuple[float, ...]
-    random_interval: tuple[float, float]
+    random_interval: tuple[float, float] | None
     beats_random: int
     model_accuracy: float
     circuit_accuracy: float
@@ -60,19 +63,25 @@ class Report:
 
     def __repr__(self) -> str:
         low, high = self.faithfulness_interval
-        chance = sum(self.random_faithfulness) / max(1, len(self.random_faithfulness))
         return "\n".join(
             [
                 f"Report: {self.task} on {self.model}, {self.prompts} prompts, {self.ablation} ablation",
                 f"  {self.metric}: clean {self.clean:.3f}, corrupt {self.corrupt:.3f}, circuit {self.circuit:.3f}",
                 f"  faithfulness {self.faithfulness:.3f} ({self.confidence:.0%} interval {low:.3f} to {high:.3f}); mean of ratios {self.mean_of_ratios:.3f}",
-                f"  {len(self.random_faithfulness)} random circuits of equal size: mean {chance:.3f} "
-                f"({self.random_interval[0]:.3f} to {self.random_interval[1]:.3f}); beaten {self.beats_random}",
+                f"  {self._chance()}",
                 f"  accuracy: model {self.model_accuracy:.3f}, circuit {self.circuit_accuracy:.3f}",
                 f"  {self.edges} edges, {self.connected} connected, of {self.all_edges}; {self.nodes} nodes",
                 f"  {self.forwards} forward passes over the prompts, {self.seconds:.1f} s",
             ]
         )
+
+    def _chance(self) -> str:
+        n = len(self.random_faithfulness)
+        if self.random_interval is None:
+            return "no random circuits beside it"
+        low, high = self.random_interval
+        mean = sum(self.random_faithfulness) / n
+        return f"{n} random circuits of equal size: mean {mean:.3f} ({low:.3f} to {high:.3f}); beaten {self.beats_random}"
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(repr(self))}</pre>"
@@ -159,8 +168,9 @@ def evaluate(
         faithfulness_interval=_interval(spread[0], confidence),
         mean_of_ratios=float(ratios[ratios.isfinite()].mean()),
         random_faithfulness=tuple(values[1:].tolist()),
-        random_interval=_interval(spread[1:].flatten(), confidence) if len(rivals) else (float("nan"),) * 2,
-        beats_random=int((values[0] > values[1:]).sum()),
+        random_interval=_interval(spread[1:].flatten(), confidence) if rivals else None,
+        # In a small graph a random circuit may do the very same, but for rounding.
+        beats_random=int((values[0] > values[1:] + 1e-5).sum()),
         model_accuracy=float(outs.accuracy[-1].mean()),
         circuit_accuracy=float(outs.accuracy[0].mean()),
         edges=len(circuit),
@@ -182,5 +192,6 @@ def _resampled(n: int, resamples: int, seed: int) -> Tensor:
 
 def _interval(values: Tensor, confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
-    low, high = torch.quantile(values, torch.tensor([tail, 1 - tail])).tolist()
+    # Prompts drawn by chance may all be ones on which clean and corrupt are equal: nothing is defined there.
+    low, high = torch.quantile(values[values.isfinite()], torch.tensor([tail, 1 - tail])).tolist()
     return low, high

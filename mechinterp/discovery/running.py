@@ -114,7 +114,7 @@ def run_circuits(
             raise GraphError(f"{circuit!r} is a circuit of shape {circuit.shape}, but {model.name} has {layout.shape}")
     outside = torch.stack([_outside(circuit, layout) for circuit in circuits]).to(model.device)
     length = task.clean.shape[1]
-    differing = length - int(task.first_difference.min())
+    differing = max(1, length - int(task.first_difference.min()))
     per_row = 4 * differing * model.cfg.d_model * (len(layout.writers) + 3 * len(layout.groups[0].readers) + 8)
     fit = max(1, min(memory // per_row, rows_per_forward(model, length)))
     rows = min(fit, len(task))
@@ -178,7 +178,7 @@ def _written(cache: Cache, layout: Layout, start: int) -> Tensor:
 def _run_packed(runs: Comparison, layout: Layout, outside: Tensor, corrupt: Tensor, start: int) -> Tensor:
     """Answer logits ``[circuit batch vocab]`` of several circuits as rows of one forward pass."""
     model, task, shape = runs.model, runs.task, layout.shape
-    n, batch = len(outside), len(task)
+    n = len(outside)
     width = model.cfg.d_model
     # corrupt_u - current_u, filled in as the forward pass reaches each writer.
     missing = corrupt.new_zeros(n, *corrupt.shape)

@@ -151,16 +151,12 @@ class Circuit:
     def origin(self) -> str:
         """Task, model and method in a few words, as far as the provenance names them."""
         parts = (("task", "{}"), ("model", "on {}"), ("method", "by {}"))
-        return " ".join(
-            words.format(self.provenance[key]) for key, words in parts if self.provenance.get(key)
-        )
+        return " ".join(words.format(self.provenance[key]) for key, words in parts if self.provenance.get(key))
 
     def heads(self) -> tuple[str, ...]:
         """Attention heads that lie on a path from embed to logits, in the order of computation."""
         readers = {edge.src for edge in self.connected().edges}
-        return tuple(
-            name for name in self.shape.nodes if name in readers and self.shape.parse(name).kind == "head"
-        )
+        return tuple(name for name in self.shape.nodes if name in readers and self.shape.parse(name).kind == "head")
 
     def connected(self) -> Circuit:
         """The part that lies on paths from embed to logits: the rest cannot carry anything.
@@ -203,16 +199,12 @@ class Circuit:
     def __and__(self, other: Circuit) -> Circuit:
         """Edges of both, with the left one's scores."""
         self._check_same_shape(other)
-        return self._combined(
-            "intersection", other, {e: s for e, s in self.scores.items() if e in other.scores}
-        )
+        return self._combined("intersection", other, {e: s for e, s in self.scores.items() if e in other.scores})
 
     def __sub__(self, other: Circuit) -> Circuit:
         """Edges of the left one alone."""
         self._check_same_shape(other)
-        return self._combined(
-            "difference", other, {e: s for e, s in self.scores.items() if e not in other.scores}
-        )
+        return self._combined("difference", other, {e: s for e, s in self.scores.items() if e not in other.scores})
 
     def iou(self, other: Circuit) -> float:
         """How much do two circuits agree? Edges of both, over edges of either; 1.0 for two empty ones."""
@@ -333,9 +325,7 @@ def as_edge(edge: object) -> Edge:
         return Edge.parse(edge)
     if isinstance(edge, tuple) and len(edge) == 3 and all(isinstance(part, str) for part in edge):
         return Edge(*edge)
-    raise GraphError(
-        f"{edge!r} is not an edge. Give Edge(src, dst, port), or a text such as 'a0.h1->a3.h2<k>'."
-    )
+    raise GraphError(f"{edge!r} is not an edge. Give Edge(src, dst, port), or a text such as 'a0.h1->a3.h2<k>'.")
 
 
 def as_score(edge: Edge | str, score: object) -> float | None:
@@ -345,9 +335,7 @@ def as_score(edge: Edge | str, score: object) -> float | None:
     try:
         number = float(score)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise GraphError(
-            f"The score of {edge} is {score!r}. Give a finite number, or None for no score."
-        ) from error
+        raise GraphError(f"The score of {edge} is {score!r}. Give a finite number, or None for no score.") from error
     if not math.isfinite(number):
         raise GraphError(f"The score of {edge} is {number}. Give a finite number, or None for no score.")
     return number
@@ -357,9 +345,7 @@ def plain_mapping(mapping: object, name: str) -> dict[str, Any]:
     """A deep copy of plain JSON values, so that what is saved is what is loaded again."""
     if not isinstance(mapping, Mapping):
         raise GraphError(f"{name} is a {type(mapping).__name__}. Give a mapping of names to values.")
-    return {
-        key: plain_value(value, f"{name}[{key!r}]") for key, value in mapping.items() if is_name(key, name)
-    }
+    return {key: plain_value(value, f"{name}[{key!r}]") for key, value in mapping.items() if is_name(key, name)}
 
 
 def plain_value(value: Any, place: str) -> Any:
@@ -399,8 +385,7 @@ def read_content(path: Path) -> dict[str, Any]:
         raise FileFormatError(f"{path} is not a circuit: its format is {found!r}, not {FORMAT!r}. {remedy}")
     if content.get("version") != VERSION:
         raise FileFormatError(
-            f"{path} is of version {content.get('version')!r}; this mechinterp reads version {VERSION}. "
-            "Upgrade mechinterp."
+            f"{path} is of version {content.get('version')!r}; this mechinterp reads version {VERSION}. Upgrade mechinterp."
         )
     return content
 

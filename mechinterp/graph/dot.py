@@ -94,9 +94,7 @@ def styled(circuit: Circuit, labels: Mapping[str, str], edges: Collection[Edge])
             attributes = {"headport": f"{port}:s", "weight": "4", "id": f"s_{dst}", **STRUCTURAL_LINE}
             plain.add_edge(src, dst, key=port, **attributes)
     # Graphviz draws in this order: the strongest come last, on top of the others.
-    for identity, edge in sorted(
-        edge_ids(circuit).items(), key=lambda item: abs(circuit.scores[item[1]] or 0.0)
-    ):
+    for identity, edge in sorted(edge_ids(circuit).items(), key=lambda item: abs(circuit.scores[item[1]] or 0.0)):
         if edge in edges:
             attributes = style.attributes(circuit.scores[edge])
             if len(input_cells(shape, edge.dst)) > 1:
@@ -106,9 +104,7 @@ def styled(circuit: Circuit, labels: Mapping[str, str], edges: Collection[Edge])
         agraph = nx.nx_agraph.to_agraph(plain)
     except ImportError as error:
         raise MissingExtraError("Drawing a circuit needs pygraphviz. Run: pip install pygraphviz") from error
-    agraph.graph_attr.update(
-        rankdir="BT", ranksep="0.3", nodesep="0.14", newrank="true", outputorder="edgesfirst", fontname=FONT
-    )
+    agraph.graph_attr.update(rankdir="BT", ranksep="0.3", nodesep="0.14", newrank="true", outputorder="edgesfirst", fontname=FONT)
     agraph.node_attr.update(
         shape="box",
         style="rounded,filled",
@@ -165,9 +161,7 @@ def node_attributes(shape: GraphShape, name: str, label: str | None) -> dict[str
         small = f'<font color="{ink}" point-size="8"><i>{html.escape(printable(label))}</i></font>'
         lines.append(f'<tr><td colspan="{span}">{small}</td></tr>')
     if len(cells) > 1:
-        letters = (
-            f'<td port="{cell}"><font color="{FAINT}" point-size="7">{cell}</font></td>' for cell in cells
-        )
+        letters = (f'<td port="{cell}"><font color="{FAINT}" point-size="7">{cell}</font></td>' for cell in cells)
         lines.append(f"<tr>{''.join(letters)}</tr>")
     table = f'<<table border="0" cellborder="0" cellspacing="0" cellpadding="1">{"".join(lines)}</table>>'
     return {"label": table, "fillcolor": FILL[kind], "color": BORDER, "id": f"n_{name}"}

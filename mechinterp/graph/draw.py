@@ -77,17 +77,13 @@ def draw(
     Nothing is laid out until the diagram is shown or saved: 0.1 s for 100 edges, about 10 s for 1000.
     """
     if not isinstance(max_edges, int) or isinstance(max_edges, bool) or max_edges < 1:
-        raise GraphError(
-            f"max_edges={max_edges!r} is not a number of edges. Give a whole number of at least 1."
-        )
+        raise GraphError(f"max_edges={max_edges!r} is not a number of edges. Give a whole number of at least 1.")
     for name in labels or {}:
         circuit.shape.parse(name)
     title = circuit.origin if title is None else title
     drawable = circuit.connected() if connected else circuit
     shown = strongest(drawable, max_edges, connected)
-    return Diagram(
-        shown, title=title, caption=caption_of(circuit, shown, connected), labels=labels or {}, of=circuit
-    )
+    return Diagram(shown, title=title, caption=caption_of(circuit, shown, connected), labels=labels or {}, of=circuit)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -161,10 +157,7 @@ class Diagram:
         target = Path(path)
         suffix = target.suffix.lower()
         if suffix not in SUFFIXES:
-            raise GraphError(
-                f"{target.name!r} does not end like a picture that can be drawn. "
-                f"{did_you_mean(suffix, SUFFIXES)}"
-            )
+            raise GraphError(f"{target.name!r} does not end like a picture that can be drawn. {did_you_mean(suffix, SUFFIXES)}")
         match suffix:
             case ".dot":
                 content = self.dot.encode()
@@ -188,9 +181,7 @@ class Diagram:
             svg = self.svg
         except MissingExtraError:
             return None
-        return re.sub(
-            r'width="[\d.]+pt" height="[\d.]+pt"', 'style="max-width:100%;height:auto"', svg, count=1
-        )
+        return re.sub(r'(width="[\d.]+pt") height="[\d.]+pt"', r'\1 style="max-width:100%;height:auto"', svg, count=1)
 
 
 def strongest(circuit: Circuit, n: int, connected: bool) -> Circuit:
@@ -198,10 +189,7 @@ def strongest(circuit: Circuit, n: int, connected: bool) -> Circuit:
     if len(circuit) <= n:
         return circuit
     index = index_of(circuit.shape)
-    size = {
-        i: abs(score or 0.0)
-        for i, score in zip(index.positions(circuit), circuit.scores.values(), strict=True)
-    }
+    size = {i: abs(score or 0.0) for i, score in zip(index.positions(circuit), circuit.scores.values(), strict=True)}
     ranked = sorted(size, key=lambda i: (-size[i], i))
     keep = best_connected(index, ranked, n)[1] if connected else []
     if not 0 < len(keep) <= n:

@@ -76,9 +76,7 @@ def computation_graph(model: object) -> nx.MultiDiGraph[str]:
     return build_graph(shape, shape.nodes, ((edge, {}) for edge in scored_edges(shape)))
 
 
-def build_graph(
-    shape: GraphShape, nodes: Iterable[str], edges: Iterable[tuple[Edge, dict[str, object]]]
-) -> nx.MultiDiGraph[str]:
+def build_graph(shape: GraphShape, nodes: Iterable[str], edges: Iterable[tuple[Edge, dict[str, object]]]) -> nx.MultiDiGraph[str]:
     """A MultiDiGraph of the given nodes and scored edges, and of the structural edges between those nodes."""
     graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(
         n_layers=shape.n_layers,
@@ -171,9 +169,7 @@ def index_of(shape: GraphShape) -> EdgeIndex:
         position={edge: i for i, edge in enumerate(edges)},
         src=tuple(src),
         dst=tuple(dst),
-        heads_of={
-            number[n]: tuple(number[h] for h in shape.heads_of(n)) for n in shape.nodes if shape.heads_of(n)
-        },
+        heads_of={number[n]: tuple(number[h] for h in shape.heads_of(n)) for n in shape.nodes if shape.heads_of(n)},
     )
 
 

@@ -69,9 +69,7 @@ def decorate(agraph: pygraphviz.AGraph, circuit: Circuit, *, title: str, caption
     # The bounding box is taken from nodes and edges alone: two invisible ones stretch it over the rest.
     for corner, (corner_x, corner_y) in {"corner 0": (left, y - 6), "corner 1": (right, high)}.items():
         place = f"{corner_x:.2f},{corner_y:.2f}"
-        agraph.add_node(
-            corner, pos=place, style="invis", shape="point", label="", width="0.01", height="0.01"
-        )
+        agraph.add_node(corner, pos=place, style="invis", shape="point", label="", width="0.01", height="0.01")
 
 
 def key_of(circuit: Circuit) -> list[tuple[Mapping[str, str], str, float]]:

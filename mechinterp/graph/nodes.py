@@ -165,8 +165,7 @@ class GraphShape:
                 raise GraphError(f"{size}={value!r} is not a size. Give a whole number of at least 1.")
         if self.n_heads % self.n_kv_heads:
             raise GraphError(
-                f"{self.n_heads} query heads cannot share {self.n_kv_heads} KV heads evenly. "
-                "n_kv_heads must divide n_heads."
+                f"{self.n_heads} query heads cannot share {self.n_kv_heads} KV heads evenly. n_kv_heads must divide n_heads."
             )
 
     @classmethod
@@ -315,8 +314,7 @@ class GraphShape:
             raise GraphError(f"There is no node {node}: the model has no MLPs (attn_only=True).")
         if kind == "kv" and not self.grouped:
             raise GraphError(
-                f"There is no node {node}: every head has its own keys and values. "
-                f"Use a{layer}.h{index} with port k or v."
+                f"There is no node {node}: every head has its own keys and values. Use a{layer}.h{index} with port k or v."
             )
         if index is not None:
             count, word = (self.n_kv_heads, "KV heads") if kind == "kv" else (self.n_heads, "heads")
@@ -342,11 +340,7 @@ class GraphShape:
             remedy = did_you_mean(edge.port, ports) if ports else "It reads nothing."
             raise GraphError(f"There is no edge {edge}: {edge.dst} has no port {edge.port!r}. {remedy}")
         if src.kind in ("kv", "logits"):
-            reason = (
-                "a KV head writes only to its query heads"
-                if src.kind == "kv"
-                else "nothing comes after the logits"
-            )
+            reason = "a KV head writes only to its query heads" if src.kind == "kv" else "nothing comes after the logits"
             raise GraphError(f"There is no edge {edge}: {reason}. Writers are embed, heads and MLPs.")
         if edge.src not in self.writers[: self.n_writers_before(edge.dst)]:
             reason = (

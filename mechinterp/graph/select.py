@@ -95,9 +95,7 @@ def threshold_edges(
     index, ranked = rank(model, scores, signed)
     key = size_of(signed)
     keep = [i for i in ranked if key(scores[index.edges[i]]) >= threshold]
-    return chosen(
-        index, keep, scores, provenance, rule="threshold", threshold=float(threshold), signed=signed
-    )
+    return chosen(index, keep, scores, provenance, rule="threshold", threshold=float(threshold), signed=signed)
 
 
 def greedy_edges(
@@ -249,9 +247,7 @@ def rank(model: object, scores: Mapping[Edge, float], signed: bool) -> tuple[Edg
     keyed = []
     for i, (edge, score) in zip(index.positions(scores), scores.items(), strict=True):
         if score is None or not math.isfinite(score):
-            raise GraphError(
-                f"The score of {edge} is {score}. Edges are chosen by finite scores: leave it out."
-            )
+            raise GraphError(f"The score of {edge} is {score}. Edges are chosen by finite scores: leave it out.")
         keyed.append((-key(score), i))
     return index, [i for _, i in sorted(keyed)]
 
@@ -264,9 +260,7 @@ def check_count(n: int, available: int) -> None:
     if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise GraphError(f"n={n!r} is not a number of edges. Give a whole number from 0 to {available}.")
     if n > available:
-        raise GraphError(
-            f"{n} edges were asked for, and only {available} have a score. Ask for at most {available}."
-        )
+        raise GraphError(f"{n} edges were asked for, and only {available} have a score. Ask for at most {available}.")
 
 
 def edge_class(edge: Edge) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechinterp.core.effects import Effects, Label
 from mechinterp.core.model import Model
-from mechinterp.core.plan import sweep
+from mechinterp.core.plan import plan_cells, sweep
 from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
 from mechinterp.errors import SelectorError, did_you_mean
@@ -161,13 +161,28 @@ def patch(
     unit = runs.unit(normalize)
     cells = [[(site, runs.other[site]) for site in cell] for cell in grid.cells]
     received = runs.received()
+    plan = plan_cells(
+        model,
+        len(task),
+        length,
+        grid.cells,
+        start=int(runs.task.first_difference.min()),
+        read=runs.task.answer_pos,
+    )
     flat = torch.empty(len(cells), len(task))
     results = sweep(
-        model, runs.tokens, cells, read=runs.task.answer_pos, positions=runs.task.positions, label=f"patch {at}", progress=progress
+        plan,
+        model,
+        runs.tokens,
+        cells,
+        read=runs.task.answer_pos,
+        positions=runs.task.positions,
+        label=f"patch {at}",
+        progress=progress,
     )
     for index, logits in results:
         flat[index] = ((runs.measure(logits) - received) / unit).float().cpu()
-    what = grid.site or str(at)
+    what = grid.site or (str(at) if len(str(at)) <= 40 else f"{len(cells)} sites")
     return Effects(
         quantity=f"patching {what} ({direction})",
         axes=grid.axes,
@@ -175,6 +190,11 @@ def patch(
         per_example=grid.arrange(flat),
         baseline=runs.baseline,
         provenance=runs.provenance(
-            method="activation patching", site=grid.site, at=str(at), normalized=normalize, forwards=2 + len(cells)
+            method="activation patching",
+            site=grid.site,
+            at=str(at),
+            normalized=normalize,
+            forwards=2 + len(cells),
+            plan=repr(plan),
         ),
     )

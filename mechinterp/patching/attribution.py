@@ -183,7 +183,7 @@ class _Sites:
         product = {site: (runs.other[site] - runs.receiver[site]).float() * total[site] for site in self.wanted}
         parts = Cache(self.model, self.wanted, product, runs.task.positions)
         batch = len(runs.task)
-        rows = [sum(parts[site].reshape(batch, -1).sum(dim=-1) for site in cell) for cell in self.grid.cells]
+        rows = [torch.stack([parts[site].reshape(batch, -1).sum(dim=-1) for site in cell]).sum(dim=0) for cell in self.grid.cells]
         return torch.stack(rows).cpu()
 
     def from_embed(self, flat: Tensor) -> Tensor:
@@ -223,9 +223,7 @@ class _Edges:
         table = torch.zeros(batch, len(layout.writers), len(layout.readers), device=difference.device)
         for group in layout.groups:
             chosen = slice(group.readers.start, group.readers.stop)
-            table[:, : group.n_writers, chosen] = torch.bmm(
-                difference[:, : group.n_writers], pulled[:, chosen].transpose(1, 2)
-            )
+            table[:, : group.n_writers, chosen] = torch.bmm(difference[:, : group.n_writers], pulled[:, chosen].transpose(1, 2))
         return table[:, torch.tensor(layout.src), torch.tensor(layout.dst)].T.cpu()
 
     def _through_norm(self, group: ReaderGroup, gradient: Tensor, stream: Tensor) -> Tensor:

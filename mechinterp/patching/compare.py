@@ -128,4 +128,5 @@ def compare_runs(
         with torch.no_grad(), registry:
             answers.append(answer_logits(model, tokens, task.answer_pos))
         caches.append(Cache(model, selection, kept, task.positions))
-    return Comparison(model, task, resolve_metric(metric, task), direction, *caches, *answers)
+    (clean, corrupt), (clean_logits, corrupt_logits) = caches, answers
+    return Comparison(model, task, resolve_metric(metric, task), direction, clean, corrupt, clean_logits, corrupt_logits)

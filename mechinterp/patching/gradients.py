@@ -39,9 +39,7 @@ def path_points(steps: int | Sequence[float]) -> tuple[float, ...]:
             raise MetricError(f"points {points}: give at least one, each from 0 (receiving run) to 1 (other run)")
         return points
     if steps < 0:
-        raise MetricError(
-            f"steps={steps}: give 0 for the gradient at the receiving run, or the number of points of the path"
-        )
+        raise MetricError(f"steps={steps}: give 0 for the gradient at the receiving run, or the number of points of the path")
     return (0.0,) if steps == 0 else tuple((i + 0.5) / steps for i in range(steps))
 
 
@@ -75,10 +73,14 @@ def gradients(
         if point != 0.0:
             start, end = runs.receiver[EMBED], runs.other[EMBED]
             line = torch.lerp(start, end, point)
-            registry.transform(EMBED, lambda value, line=line: line, priority=-1)
+
+            def interpolate(value: Tensor, line: Tensor = line) -> Tensor:
+                return line
+
+            registry.transform(EMBED, interpolate, priority=-1)
         for site in sites:
 
-            def grow(value: Tensor, site: Site = site) -> Tensor:
+            def grow(value: Tensor, site: Site = site, leaves: dict[Site, Tensor] = leaves) -> Tensor:
                 leaves[site] = torch.zeros_like(value, requires_grad=True)
                 return value + leaves[site]
 

@@ -59,9 +59,7 @@ __all__ = [
     "word_tokenizer",
 ]
 
-TASKS: Mapping[str, Callable[..., Task]] = MappingProxyType(
-    {"ioi": ioi, "greater_than": greater_than, "induction": induction}
-)
+TASKS: Mapping[str, Callable[..., Task]] = MappingProxyType({"ioi": ioi, "greater_than": greater_than, "induction": induction})
 """The generators by name, each called as ``TASKS[name](tokenizer, n=..., seed=...)``."""
 
 
@@ -80,10 +78,7 @@ def resolve_task(name: str) -> Callable[..., Task]:
     """
     key = name.replace("-", "_")
     if key not in TASKS:
-        raise TaskError(
-            f"there is no task {name!r}. {did_you_mean(key, TASKS)} Pairs of your own are read with "
-            "Task.from_jsonl."
-        )
+        raise TaskError(f"there is no task {name!r}. {did_you_mean(key, TASKS)} Pairs of your own are read with Task.from_jsonl.")
     return TASKS[key]
 
 

@@ -15,9 +15,7 @@ def as_ids(values: Any, what: str) -> Tensor:
     try:
         tensor = values.detach() if isinstance(values, Tensor) else torch.as_tensor(values)
     except (TypeError, ValueError) as error:
-        raise TaskError(
-            f"{what} cannot be read as a tensor of token ids ({error}): rows must be equally long."
-        ) from None
+        raise TaskError(f"{what} cannot be read as a tensor of token ids ({error}): rows must be equally long.") from None
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TaskError(f"{what} has dtype {tensor.dtype}: it holds integers.")
     # A copy, so that the caller's later edits do not reach the task.
@@ -28,23 +26,17 @@ def check_prompts(clean: Tensor, corrupt: Tensor) -> None:
     """Refuse prompts that are not two [batch pos] tensors of ids of the same shape."""
     for what, tokens in (("clean", clean), ("corrupt", corrupt)):
         if tokens.ndim != 2:
-            raise TaskError(
-                f"{what} has shape {list(tokens.shape)}: it holds token ids [batch pos], one row per prompt."
-            )
+            raise TaskError(f"{what} has shape {list(tokens.shape)}: it holds token ids [batch pos], one row per prompt.")
         if (tokens < 0).any():
             row = int((tokens < 0).any(dim=1).nonzero()[0, 0])
-            raise TaskError(
-                f"{what} of pair {row} has a negative token id: pad with any valid id and say so in mask=."
-            )
+            raise TaskError(f"{what} of pair {row} has a negative token id: pad with any valid id and say so in mask=.")
     if clean.shape != corrupt.shape:
         raise TaskError(
             f"clean has shape {list(clean.shape)} and corrupt {list(corrupt.shape)}: the two are aligned "
             "token by token, so each pair needs as many tokens on both sides."
         )
     if clean.numel() == 0:
-        raise TaskError(
-            f"clean has shape {list(clean.shape)}: a task has at least one pair of at least one token."
-        )
+        raise TaskError(f"clean has shape {list(clean.shape)}: a task has at least one pair of at least one token.")
 
 
 def as_mask(values: Any, clean: Tensor) -> Tensor:
@@ -82,9 +74,7 @@ def as_answers(values: Any, what: str, n: int) -> Tensor:
     if ids.ndim == 1:
         ids = ids[:, None]
     if ids.ndim != 2 or len(ids) != n:
-        raise TaskError(
-            f"{what} has shape {list(ids.shape)} for {n} pairs: it holds token ids [batch] or [batch answer]."
-        )
+        raise TaskError(f"{what} has shape {list(ids.shape)} for {n} pairs: it holds token ids [batch] or [batch answer].")
     if (ids < -1).any():
         raise TaskError(f"{what} has a token id below -1: ids count from 0, and -1 is padding.")
     none = (ids < 0).all(dim=1)
@@ -95,9 +85,7 @@ def as_answers(values: Any, what: str, n: int) -> Tensor:
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if twice.any():
         row, column = twice.nonzero()[0].tolist()
-        raise TaskError(
-            f"{what} answers of pair {row} have token {int(ordered[row, column])} twice: name each once."
-        )
+        raise TaskError(f"{what} answers of pair {row} have token {int(ordered[row, column])} twice: name each once.")
     return ids
 
 
@@ -117,8 +105,7 @@ def check_disjoint(right: Tensor, wrong: Tensor) -> None:
     if both.any():
         row, column, _ = both.nonzero()[0].tolist()
         raise TaskError(
-            f"token {int(right[row, column])} is both a right and a wrong answer of pair {row}: the two "
-            "sets must not overlap."
+            f"token {int(right[row, column])} is both a right and a wrong answer of pair {row}: the two sets must not overlap."
         )
 
 
@@ -128,9 +115,7 @@ def as_positions(values: Any, what: str, lengths: Tensor) -> Tensor:
     if where.ndim == 0:
         where = where.expand(len(lengths)).clone()
     if where.shape != lengths.shape:
-        raise TaskError(
-            f"{what} has shape {list(where.shape)} for {len(lengths)} pairs: it holds one position per pair."
-        )
+        raise TaskError(f"{what} has shape {list(where.shape)} for {len(lengths)} pairs: it holds one position per pair.")
     resolved = torch.where(where < 0, where + lengths, where)
     outside = (resolved < 0) | (resolved >= lengths)
     if outside.any():

@@ -37,9 +37,7 @@ class _Years(NamedTuple):
     """(century, year) that are written so, and have answers on both sides."""
 
 
-def greater_than(
-    tokenizer: Tokenizer, *, n: int, seed: int, nouns: Sequence[str] | None = None, bos: bool = True
-) -> Task:
+def greater_than(tokenizer: Tokenizer, *, n: int, seed: int, nouns: Sequence[str] | None = None, bos: bool = True) -> Task:
     """How does the model know that an end comes after its start?
 
     Asked in the way in which the tokenizer writes years:
@@ -98,13 +96,9 @@ def greater_than(
     known = single_token_words(tokenizer, NOUNS if nouns is None else nouns)
     if nouns is not None and len(known) < len(set(nouns)):
         longer = next(noun for noun in nouns if noun not in known)
-        raise TaskError(
-            f"{longer!r} is not one token after a space for this tokenizer: leave it out of nouns=."
-        )
+        raise TaskError(f"{longer!r} is not one token after a space for this tokenizer: leave it out of nouns=.")
     if not known:
-        raise TaskError(
-            "no noun of greater_than is a single token for this tokenizer: pass nouns=[...] that are."
-        )
+        raise TaskError("no noun of greater_than is a single token for this tokenizer: pass nouns=[...] that are.")
 
     generator = random.Random(seed)
     drawn: dict[str, tuple[str, int, int]] = {}
@@ -136,9 +130,7 @@ def greater_than(
         corrupt.append(changed)
         right.append([token for number, token in years.answers.items() if number > start])
         wrong.append([token for number, token in years.answers.items() if number < start])
-        for name, where in zip(
-            positions, (tokens.index(known[noun]), differs[0] - 1, differs[0], len(tokens) - 1), strict=True
-        ):
+        for name, where in zip(positions, (tokens.index(known[noun]), differs[0] - 1, differs[0], len(tokens) - 1), strict=True):
             positions[name].append(where)
     ids = {token for rows in (clean, corrupt, right, wrong) for row in rows for token in row}
     return Task(
@@ -169,9 +161,7 @@ def _prompt(noun: str, century: int, year: int) -> str:
 
 def _years(tokenizer: Tokenizer) -> _Years:
     """How this tokenizer writes years, read off every year of every century."""
-    added = {
-        (century, year): _added(tokenizer, century, year) for century in CENTURIES for year in range(100)
-    }
+    added = {(century, year): _added(tokenizer, century, year) for century in CENTURIES for year in range(100)}
     # A year that the tokenizer has as one token, as GPT-2 has some, is left out; the others show the pattern.
     whole = {key: tokens[0] for key, tokens in added.items() if len(tokens) == 1}
     answers = {year: token for (_, year), token in whole.items()}

@@ -92,9 +92,7 @@ def induction(
     if n < 1:
         raise TaskError(f"induction was asked for {n} pairs: n is at least 1.")
     if corruption not in CORRUPTIONS:
-        raise TaskError(
-            f"induction has no corruption {corruption!r}. {did_you_mean(corruption, CORRUPTIONS)}"
-        )
+        raise TaskError(f"induction has no corruption {corruption!r}. {did_you_mean(corruption, CORRUPTIONS)}")
     if not 1 <= repeat <= length - 3:
         raise TaskError(
             f"induction cannot repeat {repeat} of {length} tokens: repeat is from 1 to length - 3, so "
@@ -154,9 +152,7 @@ def induction(
             "tokenizer": None if named is None else tokenizer_name(named),
             "bos": bool(front),
         },
-        strings=None
-        if named is None
-        else spell(named, {token for row in [*clean, *corrupt] for token in row}),
+        strings=None if named is None else spell(named, {token for row in [*clean, *corrupt] for token in row}),
     )
 
 
@@ -170,9 +166,7 @@ def _vocabulary(tokenizer: Any, bos: bool | int) -> tuple[list[int], list[int]]:
     elif callable(get_vocab):
         words = sorted((token, text) for text, token in get_vocab().items())
         special = set(getattr(tokenizer, "all_special_ids", ()))
-        ordinary = [
-            (token, text) for token, text in words if ORDINARY.fullmatch(text) and token not in special
-        ]
+        ordinary = [(token, text) for token, text in words if ORDINARY.fullmatch(text) and token not in special]
         # Byte-level and sentencepiece vocabularies have each word twice: keep the one with a space in front.
         spaced = [token for token, text in ordinary if text[0] in "\u2581\u0120"]
         choices = spaced or [token for token, _ in ordinary]
@@ -182,7 +176,6 @@ def _vocabulary(tokenizer: Any, bos: bool | int) -> tuple[list[int], list[int]]:
         choices = sorted(set(tokenizer))
     else:
         raise TaskError(
-            "induction draws from a tokenizer, a vocabulary size or a list of token ids, not from a "
-            f"{type(tokenizer).__name__}."
+            f"induction draws from a tokenizer, a vocabulary size or a list of token ids, not from a {type(tokenizer).__name__}."
         )
     return ([] if given is None else [given]), [token for token in choices if token != given]

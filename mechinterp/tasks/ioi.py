@@ -221,15 +221,11 @@ def _chosen_templates(
                 raise
             problem = str(error)
     if not lengths:
-        raise TaskError(
-            f"no default template of ioi suits this tokenizer, pass templates=. The last reason: {problem}"
-        )
+        raise TaskError(f"no default template of ioi suits this tokenizer, pass templates=. The last reason: {problem}")
     common = Counter(lengths.values()).most_common(1)[0][0]
     if templates is not None and set(lengths.values()) != {common}:
         listed = "; ".join(f"{count} tokens: {template!r}" for template, count in lengths.items())
-        raise TaskError(
-            f"the templates have different lengths, and all prompts of a task have the same. {listed}"
-        )
+        raise TaskError(f"the templates have different lengths, and all prompts of a task have the same. {listed}")
     return [template for template, count in lengths.items() if count == common]
 
 
@@ -245,9 +241,7 @@ def _check_template(template: str, places: list[str], objects: list[str]) -> Non
             raise TaskError(f"template {template!r} has a field {{{name}}}. {did_you_mean(name, FIELDS)}")
     people = [name for name in fields if name in ("A", "B", "S")]
     if people != ["A", "B", "S"]:
-        raise TaskError(
-            f"template {template!r} has the people {people}: it needs {{A}}, {{B}} and then {{S}}, each once."
-        )
+        raise TaskError(f"template {template!r} has the people {people}: it needs {{A}}, {{B}} and then {{S}}, each once.")
     for literal, field, _, _ in parts:
         if field is not None and not literal.endswith(" "):
             raise TaskError(
@@ -255,19 +249,13 @@ def _check_template(template: str, places: list[str], objects: list[str]) -> Non
                 f"sentence is another token, so begin with another word, such as 'Then, {{A}} and ...'."
             )
     if template != template.rstrip() or parts[-1][1] is not None:
-        raise TaskError(
-            f"template {template!r} ends in a field or a space: end with the word before the answer."
-        )
+        raise TaskError(f"template {template!r} ends in a field or a space: end with the word before the answer.")
     for name, words in (("place", places), ("object", objects)):
         if name in fields and not words:
-            raise TaskError(
-                f"no {name} is a single token for this tokenizer: use a template without {{{name}}}."
-            )
+            raise TaskError(f"no {name} is a single token for this tokenizer: use a template without {{{name}}}.")
 
 
-def _draw(
-    templates: list[str], names: list[str], places: list[str], objects: list[str], n: int, seed: int
-) -> list[_Fill]:
+def _draw(templates: list[str], names: list[str], places: list[str], objects: list[str], n: int, seed: int) -> list[_Fill]:
     """Draw n fills with distinct clean prompts; templates and orders take turns."""
     generator = random.Random(seed)
     fills: dict[str, _Fill] = {}
@@ -294,9 +282,7 @@ def _draw(
     return list(fills.values())
 
 
-def _positions(
-    fills: list[_Fill], clean: list[list[int]], right: list[int], wrong: list[int]
-) -> dict[str, list[int]]:
+def _positions(fills: list[_Fill], clean: list[list[int]], right: list[int], wrong: list[int]) -> dict[str, list[int]]:
     """Where the names stand, found by their ids: exactly one IO and two S in each prompt."""
     found: dict[str, list[int]] = {"IO": [], "S1": [], "S1+1": [], "S2": [], "end": []}
     for fill, tokens, io, subject in zip(fills, clean, right, wrong, strict=True):

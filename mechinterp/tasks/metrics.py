@@ -115,9 +115,7 @@ class Metric:
                 "from [batch pos vocab])."
             )
         if not logits.is_floating_point():
-            raise MetricError(
-                f"metric {self.name!r} got {what} of dtype {logits.dtype}: it reads floating logits."
-            )
+            raise MetricError(f"metric {self.name!r} got {what} of dtype {logits.dtype}: it reads floating logits.")
         largest = max(int(task.right.max()), int(task.wrong.max()))
         if largest >= logits.shape[1]:
             raise MetricError(
@@ -134,9 +132,7 @@ class Metric:
                 "number per example, not averaged."
             )
         if not value.is_floating_point():
-            raise MetricError(
-                f"metric {self.name!r} returned dtype {value.dtype}: return floating numbers (.float())."
-            )
+            raise MetricError(f"metric {self.name!r} returned dtype {value.dtype}: return floating numbers (.float()).")
         bad = ~value.detach().isfinite()
         if bad.any():
             row = int(bad.nonzero()[0, 0])
@@ -171,9 +167,7 @@ def _accuracy(logits: Tensor, task: Task) -> Tensor:
 def _kl(logits: Tensor, task: Task, reference: Tensor) -> Tensor:
     expected = reference.log_softmax(dim=-1)
     # kl_div, and not p * (log p - log q): a token of probability zero in the reference counts 0, not nan.
-    return torch.nn.functional.kl_div(
-        logits.log_softmax(dim=-1), expected, reduction="none", log_target=True
-    ).sum(dim=-1)
+    return torch.nn.functional.kl_div(logits.log_softmax(dim=-1), expected, reduction="none", log_target=True).sum(dim=-1)
 
 
 def _pick(values: Tensor, ids: Tensor, fill: float) -> Tensor:
@@ -249,8 +243,7 @@ def resolve_metric(metric: str | Metric | Callable[[Tensor, Task], Tensor] | Non
     if callable(metric):
         return Metric(getattr(metric, "__name__", type(metric).__name__), metric)
     raise MetricError(
-        f"a metric is a name, a Metric or a function of (logits, task), not {type(metric).__name__}. "
-        f"Names: {', '.join(METRICS)}."
+        f"a metric is a name, a Metric or a function of (logits, task), not {type(metric).__name__}. Names: {', '.join(METRICS)}."
     )
 
 

@@ -37,9 +37,7 @@ def word_tokenizer(words: Iterable[str] | None = None) -> Any:
     known = ["<s>", "<unk>", *(_task_words() if words is None else words)]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(known))}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
-    )
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)])
     inner.decoder = decoders.Fuse()
     make: Any = PreTrainedTokenizerFast  # untyped upstream
     return make(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>", name_or_path="words")
@@ -50,11 +48,7 @@ def _task_words() -> list[str]:
     plain = "".join(letter if letter.isalpha() else " " for letter in templates).split()
     return [
         *".,0123456789",
-        *(
-            word
-            for word in plain
-            if word not in ("A", "B", "S", "noun", "year", "century", "place", "object")
-        ),
+        *(word for word in plain if word not in ("A", "B", "S", "noun", "year", "century", "place", "object")),
         "year",
         *NAMES,
         *PLACES,

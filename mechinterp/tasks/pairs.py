@@ -105,21 +105,16 @@ def read_pairs(
             raise TaskError(f"{where}: {error}") from None
         if names is not None and sorted(pair.positions) != names:
             raise TaskError(
-                f"{where}: names the positions {sorted(pair.positions)}, and the lines before {names}: "
-                "every line names the same."
+                f"{where}: names the positions {sorted(pair.positions)}, and the lines before {names}: every line names the same."
             )
         names = sorted(pair.positions)
         pairs.append(pair)
     if not pairs:
-        raise FileFormatError(
-            f"{path.name} has no pairs: write one JSON object a line, with the keys {', '.join(REQUIRED)}."
-        )
+        raise FileFormatError(f"{path.name} has no pairs: write one JSON object a line, with the keys {', '.join(REQUIRED)}.")
     longest = max(len(pair.clean) for pair in pairs)
     mask = torch.tensor([[place < len(pair.clean) for place in range(longest)] for pair in pairs])
     padding = _padding(tokenizer)
-    ids = {
-        token for pair in pairs for row in (pair.clean, pair.corrupt, pair.right, pair.wrong) for token in row
-    }
+    ids = {token for pair in pairs for row in (pair.clean, pair.corrupt, pair.right, pair.wrong) for token in row}
     return Task(
         name=path.stem if name is None else name,
         clean=[pair.clean + [padding] * (longest - len(pair.clean)) for pair in pairs],
@@ -146,13 +141,9 @@ def _record(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise FileFormatError(
-            f"is not JSON ({error.msg} at column {error.colno}): write one object a line."
-        ) from None
+        raise FileFormatError(f"is not JSON ({error.msg} at column {error.colno}): write one object a line.") from None
     if not isinstance(record, dict):
-        raise FileFormatError(
-            f'is a JSON {type(record).__name__}, not an object: write {{"clean": ..., ...}}.'
-        )
+        raise FileFormatError(f'is a JSON {type(record).__name__}, not an object: write {{"clean": ..., ...}}.')
     for key in record:
         if key not in KEYS:
             raise FileFormatError(f"has the key {key!r}. {did_you_mean(key, KEYS)}")
@@ -165,15 +156,11 @@ def _record(line: str) -> dict[str, Any]:
     for key in ("right", "wrong"):
         answers = record[key] if isinstance(record[key], list) else [record[key]]
         if not answers or not all(isinstance(answer, str) and answer for answer in answers):
-            raise FileFormatError(
-                f"has {record[key]!r} for {key!r}: it is an answer as text, or a list of them."
-            )
+            raise FileFormatError(f"has {record[key]!r} for {key!r}: it is an answer as text, or a list of them.")
         record[key] = answers
     places = record.setdefault("positions", {})
     if not isinstance(places, dict) or not all(type(place) in (int, str) for place in places.values()):
-        raise FileFormatError(
-            f"has {places!r} for 'positions': it is an object of token numbers or token texts."
-        )
+        raise FileFormatError(f"has {places!r} for 'positions': it is an object of token numbers or token texts.")
     return record
 
 
@@ -203,10 +190,7 @@ def _pair(record: dict[str, Any], tokenizer: Tokenizer, bos: bool) -> _Pair:
 def _answer(tokenizer: Tokenizer, prompt: str, answer: str) -> int:
     """The one token that `answer` adds to the prompt."""
     if prompt != prompt.rstrip():
-        raise TaskError(
-            "the prompt ends in a space: leave it out, and begin the answer with it "
-            f"({' ' + answer.lstrip()!r})."
-        )
+        raise TaskError(f"the prompt ends in a space: leave it out, and begin the answer with it ({' ' + answer.lstrip()!r}).")
     before = plain(tokenizer, prompt)
     if prompt[-1].isalpha() and answer[0].isalpha() and _is_one(tokenizer, prompt, before, " " + answer):
         raise TaskError(
@@ -245,15 +229,10 @@ def _place(tokenizer: Tokenizer, tokens: list[int], name: str, place: int | str)
     """A position as a number from 0."""
     if isinstance(place, int):
         if not -len(tokens) <= place < len(tokens):
-            raise TaskError(
-                f"position {name!r} is {place}, and clean has {len(tokens)} tokens, from 0 to "
-                f"{len(tokens) - 1}."
-            )
+            raise TaskError(f"position {name!r} is {place}, and clean has {len(tokens)} tokens, from 0 to {len(tokens) - 1}.")
         return place % len(tokens)
     # Tokens carry the space in front of them; people rarely write it.
-    found = [
-        index for index, token in enumerate(tokens) if tokenizer.decode([token]).strip() == place.strip()
-    ]
+    found = [index for index, token in enumerate(tokens) if tokenizer.decode([token]).strip() == place.strip()]
     if len(found) != 1:
         raise TaskError(
             f"position {name!r} is {place!r}, which is {len(found)} of clean's tokens "

@@ -74,9 +74,7 @@ def _row(task: Task, number: int) -> str:
     for side in ("clean", "corrupt"):
         (tokens,) = _real_tokens(pair, side)
         spelled = [
-            f'<span style="{MARK}">{escape(task.string(token))}</span>'
-            if different
-            else escape(task.string(token))
+            f'<span style="{MARK}">{escape(task.string(token))}</span>' if different else escape(task.string(token))
             for token, different in zip(tokens, differs, strict=False)
         ]
         cells.append(("" if task.strings is not None else " ").join(spelled))

@@ -142,9 +142,7 @@ class Task:
             "wrong": wrong,
             "answer_pos": as_positions(-1 if answer_pos is None else answer_pos, "answer_pos", lengths),
             "mask": mask,
-            "positions": {
-                key: as_positions(where, f"position {key!r}", lengths) for key, where in positions.items()
-            },
+            "positions": {key: as_positions(where, f"position {key!r}", lengths) for key, where in positions.items()},
             "metric": check_metric_name(metric),
             "provenance": dict(provenance),
             "texts": None if texts is None else tuple(texts),

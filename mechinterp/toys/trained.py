@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,31 +14,32 @@ from mechinterp.toys.words import WORDS, tokenizer_of
 __all__ = ["WEIGHTS", "blank", "trained", "write"]
 
 WEIGHTS: Final = Path(__file__).parents[1] / "data" / "trained.safetensors"
-FORMAT: Final = {"format": "mechinterp-toy", "version": "1"}
+FORMAT: Final = "mechinterp-toy"
+VERSION: Final = 1
+DESCRIPTION: Final = "Llama: attention only, trained on repeated words; its circuit is not known"
 
 
 def blank() -> Any:
-    """The module that `scripts/train_toy.py` trains: 2 layers of 4 heads, MLPs that write nothing and stay so."""
+    """The module that is trained: 2 layers of 4 heads, rotary positions, MLPs that write nothing and stay so."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = GPT2Config(
-        n_layer=2,
-        n_head=4,
-        n_embd=64,
-        n_inner=4,
+    config = LlamaConfig(
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        hidden_size=64,
+        intermediate_size=4,
         vocab_size=len(WORDS) + 2,
-        n_positions=48,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        max_position_embeddings=48,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=0,
     )
     config._attn_implementation = "eager"
-    module = GPT2LMHeadModel(config)
-    for block in module.transformer.h:
-        # Freezing alone is not enough: weight decay and a later fine-tuning must find nothing to move.
+    module = LlamaForCausalLM(config)
+    for block in module.model.layers:
         for parameter in block.mlp.parameters():
             torch.nn.init.zeros_(parameter)
             parameter.requires_grad_(False)
@@ -50,45 +52,52 @@ def write(module: Any, path: Path, trained_with: dict[str, object]) -> None:
 
     kept = {name: value.contiguous() for name, value in module.state_dict().items() if _is_kept(name)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(kept, path, metadata=FORMAT | {key: str(value) for key, value in trained_with.items()})
+    # One entry, as JSON: safetensors writes several in any order, and the same training gives the same file.
+    said = {"format": FORMAT, "version": VERSION, **trained_with}
+    save_file(kept, path, metadata={"mechinterp": json.dumps(said)})
 
 
 def _is_kept(name: str) -> bool:
-    # The unembedding is the embedding (tied), and the MLPs are zero.
-    return name != "lm_head.weight" and ".mlp." not in name
+    # The MLPs are zero.
+    return ".mlp." not in name
 
 
 def _read(path: Path) -> Any:
+    import torch
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            said = file.metadata() or {}
+            said = json.loads((file.metadata() or {}).get("mechinterp", "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        raise FileFormatError(f"cannot read the weights of the trained toy from {path} ({error}). Run: make toys") from error
-    if any(said.get(key) != value for key, value in FORMAT.items()):
-        raise FileFormatError(f"{path} is not a toy of version {FORMAT['version']}. Run: make toys")
-    module = blank()
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        message = f"cannot read the weights of the trained toy from {path} ({error}). Run: make toys"
+        raise FileFormatError(message) from error
+    if (said.get("format"), said.get("version")) != (FORMAT, VERSION):
+        raise FileFormatError(f"{path} is not a toy of version {VERSION}. Run: make toys")
+    with torch.random.fork_rng(devices=[]):
+        module = blank()
     missing, unexpected = module.load_state_dict(weights, strict=False)
     lost = [name for name in missing if _is_kept(name)]
     if lost or unexpected:
-        raise FileFormatError(f"{path} does not fit the trained toy: {', '.join([*lost, *unexpected])}. Run: make toys")
+        named = ", ".join([*lost, *unexpected])
+        raise FileFormatError(f"{path} does not fit the trained toy: {named}. Run: make toys")
     return module.requires_grad_(True)
 
 
 def trained(*, n: int = 32, seed: int = 0) -> Toy:
     """What does a circuit look like that nobody planted?
 
-    An attention-only GPT-2 of 2 layers and 4 heads with a real LayerNorm, trained by ``scripts/train_toy.py`` on
-    random words repeated again and again, until it says what followed the last word before. It has learnt induction
-    by itself, so its circuit can be found but is not known: ``truth`` is empty. It loads and runs in well under a second.
+    An attention-only transformer of 2 layers and 4 heads in Llama's shape (a real RMSNorm, rotary positions),
+    trained by ``scripts/train_toy.py`` on random words repeated again and again, until it says what followed
+    the last word before. It has learnt induction by itself: heads of the first layer attend to the word before,
+    heads of the second to what followed the current word last time. Nobody planted that: ``truth`` is empty.
 
     Parameters
     ----------
     n
-        Number of prompt pairs: 12 random words, then the first 6 again. The counterfactual has other words in place of
-        the sixth (both times) and of the seventh, which is the answer.
+        Number of prompt pairs: 12 random words, then the first 6 again. The counterfactual has other words in
+        place of the sixth (both times) and of the seventh, which is the answer.
     seed
         Decides the words of the prompts. The weights are always the same.
 
@@ -108,4 +117,4 @@ def trained(*, n: int = 32, seed: int = 0) -> Toy:
     tokenizer = tokenizer_of(WORDS, "toy-words")
     model = loaded(_read(WEIGHTS), tokenizer, "toy:trained")
     task = induction_pairs(tokenizer, n=n, seed=seed, length=12, repeat=6)
-    return Toy(name="trained", model=model, task=task, description=trained.__doc__.strip().splitlines()[0])  # type: ignore[union-attr]
+    return Toy(name="trained", model=model, task=task, description=DESCRIPTION)

@@ -6,14 +6,14 @@ from typing import Any
 
 __all__ = ["WORDS", "tokenizer_of"]
 
-WORDS: tuple[str, ...] = tuple(
-    """
-    apple bread chair dream eagle flute grape house ivory jewel knife lemon mango night ocean piano queen river
-    stone table uncle voice water yacht zebra angel beach cloud dance earth fence ghost heart image juice koala
-    light moon north olive pearl quilt robot shell tiger urban violin wagon yeast acorn basil cabin daisy ember
-    frost globe honey igloo jelly kayak lotus maple
-    """.split()
-)
+_SPELLED = """
+apple bread chair dream eagle flute grape house ivory jewel knife lemon mango night ocean piano
+queen river stone table uncle voice water yacht zebra angel beach cloud dance earth fence ghost
+heart image juice koala light moon north olive pearl quilt robot shell tiger urban violin wagon
+yeast acorn basil cabin daisy ember frost globe honey igloo jelly kayak lotus maple
+"""
+
+WORDS: tuple[str, ...] = tuple(_SPELLED.split())
 """62 words of three letters and more, so that `mechinterp.tasks.induction` draws from all of them."""
 
 

@@ -1,0 +1,5 @@
+"""``python -m mechinterp``."""
+
+from mechinterp.cli import main
+
+main()

@@ -1,0 +1,172 @@
+"""The page a researcher reads: what was found, how sure it is, and what it cost."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from mechinterp.discovery.describe import HeadStory
+from mechinterp.discovery.evaluate import Report
+from mechinterp.graph import Circuit, draw
+
+__all__ = ["report_markdown", "save_all"]
+
+
+def report_markdown(
+    circuit: Circuit, report: Report, stories: Sequence[HeadStory], *, command: Sequence[str] = (), seconds: float = 0.0
+) -> str:
+    """The report as Markdown.
+
+    Parameters
+    ----------
+    circuit
+        With its provenance.
+    report
+        From `mechinterp.evaluate`, on held-out prompts.
+    stories
+        From `mechinterp.describe`.
+    command
+        What made it, as words; shown so that it can be run again.
+    seconds
+        Wall-clock time of everything.
+    """
+    origin = circuit.provenance
+    low, high = report.faithfulness_interval
+    chance, rivals = _chance(report)
+    helping = [story for story in stories if story.effect > 0]
+    against = [story for story in stories if story.effect < 0]
+    lines = [
+        f"# The circuit of {report.task} in {report.model}",
+        "",
+        f"{report.connected} of {report.all_edges} edges carry {_percent(report.faithfulness)} of what the clean prompts add to the "
+        f"{report.metric} ({report.confidence:.0%} interval {_percent(low)} to {_percent(high)}), on {report.prompts} prompts that were not "
+        f"used to find it.{chance}",
+        "",
+        "## What it is",
+        "",
+        *_paragraph(helping, against),
+        "",
+        "| head | effect | at | attends to | reads from | writes to | usually called |",
+        "| --- | ---: | --- | --- | --- | --- | --- |",
+        *(_row(story) for story in stories),
+        "",
+        "Effect: measured normalised effect of replacing the head's output by its value on the corrupt prompt (1 is the whole "
+        "difference, negative means that the head works against the answer). Attention is the mean over clean prompts from the "
+        "position where the head matters most. The last column names a pattern of attention; it is not a proof.",
+        "",
+        "## How good it is",
+        "",
+        "| | clean | corrupt | circuit |",
+        "| --- | ---: | ---: | ---: |",
+        f"| {report.metric} | {report.clean:.3f} | {report.corrupt:.3f} | {report.circuit:.3f} |",
+        f"| accuracy | {report.model_accuracy:.3f} | | {report.circuit_accuracy:.3f} |",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| faithfulness, ratio of means | {report.faithfulness:.3f} ({low:.3f} to {high:.3f}) |",
+        f"| faithfulness, mean of ratios | {report.mean_of_ratios:.3f} |",
+        *rivals,
+        f"| edges asked for | {_asked(circuit, report)} |",
+        f"| edges kept, connected | {report.edges}, {report.connected} |",
+        f"| nodes | {report.nodes} |",
+        f"| ablation | {report.ablation}: every edge outside carries the value of the corrupt prompt |",
+        "",
+        "Faithfulness is (circuit - corrupt) / (clean - corrupt), unclamped. Above 1 the circuit lacks parts that work against the "
+        "answer; below 1 it lacks parts that work for it.",
+        "",
+        "## How it was found",
+        "",
+        f"{origin.get('estimator', origin.get('method', ''))} on {origin.get('prompts', '?')} prompts: "
+        f"{origin.get('forwards', '?')} forward and {origin.get('backwards', '?')} backward passes over them, "
+        f"{origin.get('seconds', '?')} s. Evaluation: {report.forwards} forward passes over {report.prompts} prompts, "
+        f"{report.seconds} s. Everything: {seconds:.0f} s.",
+        "",
+    ]
+    if command:
+        lines += ["```sh", shlex.join(command), "```", ""]
+    lines += ["Files: `circuit.json` (graph, scores, provenance), `diagram.svg`, `diagram.html` (open in a browser).", ""]
+    return "\n".join(lines)
+
+
+def _chance(report: Report) -> tuple[str, list[str]]:
+    """What random circuits did, as a sentence and as rows of the table; nothing where there were none."""
+    values, interval = report.random_faithfulness, report.random_interval
+    if interval is None:
+        return "", []
+    mean = sum(values) / len(values)
+    row = (
+        f"| {len(values)} random circuits of equal size | mean {mean:.3f} ({interval[0]:.3f} to {interval[1]:.3f}); "
+        f"{report.beats_random} of {len(values)} beaten |"
+    )
+    return f" Random circuits of the same size and kinds of edges carry {_percent(mean)}.", [row]
+
+
+def _percent(share: float) -> str:
+    shown = f"{share:.0%}"
+    return "0%" if shown == "-0%" else shown
+
+
+def _asked(circuit: Circuit, report: Report) -> str:
+    selection = circuit.provenance.get("selection", {})
+    rule = f" ({selection['rule']})" if "rule" in selection else ""
+    return f"{selection.get('n', report.edges)}{rule}"
+
+
+def _paragraph(helping: Sequence[HeadStory], against: Sequence[HeadStory]) -> list[str]:
+    lines = []
+    by_role: dict[str, list[HeadStory]] = {}
+    for story in helping:
+        by_role.setdefault(story.role, []).append(story)
+    for role, members in by_role.items():
+        if not role:
+            continue
+        looks = members[0]
+        heads = ", ".join(f"`{story.node}`" for story in members)
+        lines.append(f"- **{role}**: {heads} attend from {looks.at[0]} to {looks.attends_to[0][0]}.")
+    others = by_role.get("", [])
+    if others:
+        told = "; ".join(f"`{story.node}` from {story.at[0]} to {story.attends_to[0][0]}" for story in others)
+        lines.append(f"- **other heads that help**: {told}.")
+    if against:
+        told = "; ".join(
+            f"`{story.node}` from {story.at[0]} to {story.attends_to[0][0]}" + (f" ({story.role})" if story.role else "")
+            for story in against
+        )
+        lines.append(f"- **heads that work against the answer**: {told}.")
+    return lines
+
+
+def _row(story: HeadStory) -> str:
+    looks = ", ".join(f"{where} {share:.0%}" for where, share in story.attends_to)
+    cells = [
+        f"`{story.node}`",
+        f"{story.effect:+.2f}",
+        f"{story.at[0]} ({story.at[1]:.0%})",
+        looks,
+        ", ".join(story.reads),
+        ", ".join(story.writes),
+        story.role,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def save_all(
+    folder: Path,
+    circuit: Circuit,
+    report: Report,
+    stories: Sequence[HeadStory],
+    *,
+    command: Sequence[str] = (),
+    seconds: float = 0.0,
+) -> list[Path]:
+    """Write ``circuit.json``, ``diagram.svg``, ``diagram.html`` and ``report.md``; the paths written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = circuit.with_report(report.to_json())
+    labels = {story.node: story.role for story in stories if story.role}
+    paths = [told.save(folder / "circuit.json")]
+    paths.append(draw(told, max_edges=60, labels=labels).save(folder / "diagram.svg"))
+    paths.append(draw(told, max_edges=300, labels=labels).save(folder / "diagram.html"))
+    page = folder / "report.md"
+    page.write_text(report_markdown(told, report, stories, command=command, seconds=seconds), encoding="utf-8")
+    return [*paths, page]
