@@ -58,9 +58,7 @@ def smollm2() -> Model:
     try:
         return mechinterp.load("smollm2")
     except MechInterpError as error:
-        return pytest.fail(
-            f"the suite needs the real model, which `make venv` installs: {error}", pytrace=False
-        )
+        return pytest.fail(f"the suite needs the real model, which `make venv` installs: {error}", pytrace=False)
 
 
 @pytest.fixture(scope="session")
@@ -177,7 +175,5 @@ def _loaded(architecture: Any, config: Any, name: str, seed: int) -> Model:
             # of the three would cancel. Here each number counts.
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm_weight = parameter.ndim == 1 and parameter_name.endswith("weight")
-            parameter.copy_(
-                1 + 0.2 * noise if is_norm_weight else noise * (0.1 if parameter.ndim == 1 else 0.25)
-            )
+            parameter.copy_(1 + 0.2 * noise if is_norm_weight else noise * (0.1 if parameter.ndim == 1 else 0.25))
     return mechinterp.load(module, name=name)

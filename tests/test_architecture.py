@@ -287,6 +287,10 @@ def own_state(source: Source) -> Iterator[str]:
     # `with torch.set_grad_enabled(...)` puts it back.
     scoped = {id(item.context_expr.func) for node in source.nodes if isinstance(node, ast.With)
               for item in node.items if isinstance(item.context_expr, ast.Call)}  # fmt: skip
+    # So does `with warnings.catch_warnings():` with what is said inside it.
+    for block in source.nodes:
+        if isinstance(block, ast.With) and any("catch_warnings" in ast.unparse(item) for item in block.items):
+            scoped |= {id(node) for node in ast.walk(block) if dotted(node).startswith("warnings.")}
     for node in source.nodes:
         if (
             isinstance(node, ast.Attribute)

@@ -67,7 +67,8 @@ class Report:
             [
                 f"Report: {self.task} on {self.model}, {self.prompts} prompts, {self.ablation} ablation",
                 f"  {self.metric}: clean {self.clean:.3f}, corrupt {self.corrupt:.3f}, circuit {self.circuit:.3f}",
-                f"  faithfulness {self.faithfulness:.3f} ({self.confidence:.0%} interval {low:.3f} to {high:.3f}); mean of ratios {self.mean_of_ratios:.3f}",
+                f"  faithfulness {self.faithfulness:.3f} ({self.confidence:.0%} interval {low:.3f} to {high:.3f}); "
+                f"mean of ratios {self.mean_of_ratios:.3f}",
                 f"  {self._chance()}",
                 f"  accuracy: model {self.model_accuracy:.3f}, circuit {self.circuit_accuracy:.3f}",
                 f"  {self.edges} edges, {self.connected} connected, of {self.all_edges}; {self.nodes} nodes",

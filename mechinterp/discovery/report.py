@@ -39,9 +39,9 @@ def report_markdown(
     lines = [
         f"# The circuit of {report.task} in {report.model}",
         "",
-        f"{report.connected} of {report.all_edges} edges carry {_percent(report.faithfulness)} of what the clean prompts add to the "
-        f"{report.metric} ({report.confidence:.0%} interval {_percent(low)} to {_percent(high)}), on {report.prompts} prompts that were not "
-        f"used to find it.{chance}",
+        f"{report.connected} of {report.all_edges} edges carry {_percent(report.faithfulness)} of what the clean prompts add "
+        f"to the {report.metric} ({report.confidence:.0%} interval {_percent(low)} to {_percent(high)}), on {report.prompts} "
+        f"prompts that were not used to find it.{chance}",
         "",
         "## What it is",
         "",
@@ -72,8 +72,8 @@ def report_markdown(
         f"| nodes | {report.nodes} |",
         f"| ablation | {report.ablation}: every edge outside carries the value of the corrupt prompt |",
         "",
-        "Faithfulness is (circuit - corrupt) / (clean - corrupt), unclamped. Above 1 the circuit lacks parts that work against the "
-        "answer; below 1 it lacks parts that work for it.",
+        "Faithfulness is (circuit - corrupt) / (clean - corrupt), unclamped. Above 1 the circuit lacks parts that work against "
+        "the answer; below 1 it lacks parts that work for it.",
         "",
         "## How it was found",
         "",

