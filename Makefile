@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## find the IOI circuit of a real model, judge it, draw it (minutes)
-	$(RUN) -m mechinterp discover ioi --model smollm2 --edges 1000 --out circuits/ioi-smollm2-135m $(ARGS)
+	$(RUN) -m mechinterp discover ioi --model smollm2 --edges 1000 --n 128 --out circuits/ioi-smollm2-135m $(ARGS)
 
 test: $(READY) ## run the whole suite; ARGS="tests/graph -x" runs a part
 	$(RUN) -m pytest $(ARGS)

@@ -203,7 +203,7 @@ def main() -> None:
     """Run the command line; errors that say what to do are printed without a traceback."""
     try:
         app()
-    except MechInterpError as error:
+    except (MechInterpError, OSError) as error:
         _say(f"mechinterp: {error}")
         raise SystemExit(2) from None
 

@@ -348,9 +348,9 @@ def foreign_hooks(model: Model) -> int:
 
 
 def _is_house(hook: Callable[..., Any]) -> bool:
-    """transformer_lens wires some hooks of its own; ours may be there for another thread."""
+    """transformer_lens and transformers leave some hooks of their own; ours may be there for another thread."""
     name = getattr(hook, "__qualname__", "")
-    return name.startswith(("BlockBridge.", "HookRegistry.", "block_calls."))
+    return name.startswith(("BlockBridge.", "HookRegistry.", "block_calls.", "install_output_capuring_hook"))
 
 
 def _check_written(old: Tensor, new: Any, label: str) -> None:

@@ -214,7 +214,7 @@ def test_sums_are_float32_in_a_bfloat16_model() -> None:
     half = mi.attribute(mi.load(module, name="half"), published.task(), unit="edge", normalize=False)
     assert half.per_example.dtype == torch.float32
     # A bfloat16 has 8 bits: products summed in it would be multiples of a power of two of their own size.
-    values = half.values[half.values != 0]
+    values = half.per_example[half.per_example != 0]
     assert (values.to(torch.bfloat16).float() != values).float().mean() > 0.9
     exact = mi.attribute(published.model(), published.task(), unit="edge", normalize=False)
     assert torch.corrcoef(torch.stack([half.values, exact.values]))[0, 1] > 0.99
