@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mechinterp.errors import MechInterpError
+from mechinterp.errors import MechInterpError, did_you_mean
 
 __all__ = ["main"]
+
+PLOTS = (".png", ".svg", ".pdf")
 
 app = typer.Typer(
     help="Find, judge and draw the circuits of a language model.\n\n"
@@ -95,7 +97,7 @@ def discover(
     paths = save_all(folder, circuit, report, stories, command=command, seconds=time.perf_counter() - started)
     low, high = report.faithfulness_interval
     chance = sum(report.random_faithfulness) / max(1, len(report.random_faithfulness))
-    roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5])
+    roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if abs(story.effect) >= 0.005)
     print(
         f"circuit        {report.connected} connected edges of {report.all_edges}, {report.nodes} nodes ({method}, {selection})"
     )
@@ -105,7 +107,8 @@ def discover(
     print(f"faithfulness   {report.faithfulness:.3f} ({low:.3f} to {high:.3f}), random circuits {chance:.3f}")
     print(f"heads          {roles}")
     print(
-        f"cost           {circuit.provenance['forwards'] + report.forwards} forward, {circuit.provenance['backwards']} backward passes"
+        f"cost           {circuit.provenance['forwards'] + report.forwards} forward, "
+        f"{circuit.provenance['backwards']} backward passes"
     )
     print(f"time           {time.perf_counter() - started:.0f} s")
     print(f"report         {paths[-1]}")
@@ -171,6 +174,8 @@ def patch(
     """Measure exactly which activations matter, by patching each one."""
     import mechinterp as mi
 
+    if out is not None and out.suffix not in PLOTS:
+        raise MechInterpError(f"{out} does not end like a plot that can be drawn. {did_you_mean(out.suffix, PLOTS)}")
     loaded = mi.load(model)
     effects = mi.patch(loaded, _task(loaded, task, pairs, n, seed), at, metric=metric, direction=direction, progress=True)
     print(f"{effects.quantity}; clean {effects.baseline['clean']:.3f}, corrupt {effects.baseline['corrupt']:.3f}")

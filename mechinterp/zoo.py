@@ -54,7 +54,7 @@ def load(
     -------
     Model
         A live module is wrapped in place (its weights stay). Logits equal the plain Hugging Face model's up to
-        rounding: at most 1e-6 of the largest logit in float32, since attention is computed in the open instead of in
+        rounding: at most 2e-6 of the largest logit in float32, since attention is computed in the open instead of in
         a fused kernel.
 
     Raises

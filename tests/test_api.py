@@ -64,9 +64,7 @@ PUBLIC = [
 
 
 def in_a_fresh_process(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
 def project() -> dict[str, Any]:
@@ -177,9 +175,7 @@ def test_the_command_is_the_command_line() -> None:
 def test_every_exception_is_in_the_tree_of_the_docstring() -> None:
     from mechinterp import errors
 
-    classes = [
-        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)
-    ]
+    classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
     assert len(classes) > 5
     for error in classes:
         assert issubclass(error, errors.MechInterpError)

@@ -78,8 +78,7 @@ class Source:
 
 def sources() -> list[Source]:
     return [
-        Source(path.relative_to(PACKAGE).as_posix(), path.read_text(encoding="utf-8"))
-        for path in sorted(PACKAGE.rglob("*.py"))
+        Source(path.relative_to(PACKAGE).as_posix(), path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))
     ]
 
 
@@ -201,9 +200,7 @@ def hooks(source: Source) -> Iterator[str]:
     for node in source.nodes:
         if isinstance(node, ast.Attribute) and HOOKING.fullmatch(node.attr):
             yield source.at(node, f"attaches hooks with {node.attr}")
-        elif (
-            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "hooks"
-        ):
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "hooks":
             yield source.at(node, "attaches hooks with hooks()")
 
 
@@ -236,8 +233,7 @@ def quiet(source: Source) -> Iterator[str]:
         return
     for node in source.nodes:
         if isinstance(node, ast.Call) and (
-            dotted(node.func)
-            in ("print", "pprint", "sys.stdout.write", "sys.stderr.write", "breakpoint", "input")
+            dotted(node.func) in ("print", "pprint", "sys.stdout.write", "sys.stderr.write", "breakpoint", "input")
         ):
             yield source.at(node, f"calls {dotted(node.func)}")
 
@@ -266,9 +262,7 @@ def safe(source: Source) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and name == "torch":
             yield from (source.at(node, f"torch.{a.name}") for a in node.names if a.name in ("load", "save"))
     for node in source.nodes:
-        if isinstance(node, ast.Call) and (
-            dotted(node.func) in UNSAFE_CALLS or called(node) in UNSAFE_METHODS
-        ):
+        if isinstance(node, ast.Call) and (dotted(node.func) in UNSAFE_CALLS or called(node) in UNSAFE_METHODS):
             yield source.at(node, f"calls {dotted(node.func) or called(node)}")
         if isinstance(node, ast.keyword) and node.arg in SAFE_VALUES:
             value = ast.unparse(node.value)
@@ -292,11 +286,7 @@ def own_state(source: Source) -> Iterator[str]:
         if isinstance(block, ast.With) and any("catch_warnings" in ast.unparse(item) for item in block.items):
             scoped |= {id(node) for node in ast.walk(block) if dotted(node).startswith("warnings.")}
     for node in source.nodes:
-        if (
-            isinstance(node, ast.Attribute)
-            and GLOBAL_STATE.fullmatch(dotted(node))
-            and id(node) not in scoped
-        ):
+        if isinstance(node, ast.Attribute) and GLOBAL_STATE.fullmatch(dotted(node)) and id(node) not in scoped:
             yield source.at(node, f"touches global state: {dotted(node)}")
 
 
@@ -335,11 +325,7 @@ def names(source: Source) -> Iterator[str]:
     if re.search(r"(^|[/_])(utils?|helpers?|misc|common)\.py$", source.path):
         yield f"{source.path}: say what is in it"
     for node in source.nodes:
-        if (
-            isinstance(node, ast.FunctionDef)
-            and re.match(r"_*(get|do)_", node.name)
-            and node.name not in IMPOSED
-        ):
+        if isinstance(node, ast.FunctionDef) and re.match(r"_*(get|do)_", node.name) and node.name not in IMPOSED:
             yield source.at(node, f"function {node.name}: name what it gives")
         if isinstance(node, ast.ClassDef) and re.search(r"(Manager|Helper|Util|Utils)$", node.name):
             yield source.at(node, f"class {node.name}: name what it is")
@@ -354,9 +340,7 @@ def documented(source: Source) -> Iterator[str]:
 def protocols(source: Source) -> Iterator[str]:
     """A protocol can be checked when the program runs: the tests check every signature."""
     for node in source.nodes:
-        if isinstance(node, ast.ClassDef) and "Protocol" in [
-            dotted(base).split(".")[-1] for base in node.bases
-        ]:
+        if isinstance(node, ast.ClassDef) and "Protocol" in [dotted(base).split(".")[-1] for base in node.bases]:
             marks = [dotted(mark).split(".")[-1] for mark in node.decorator_list]
             if "runtime_checkable" not in marks:
                 yield source.at(node, f"class {node.name} is a Protocol without @runtime_checkable")
@@ -426,16 +410,11 @@ def test_layers_see_every_way_to_import(path: str, line: str, allowed: bool) -> 
 
 def test_long_files_elsewhere() -> None:
     files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
-    lengths = {
-        file.relative_to(ROOT).as_posix(): len(file.read_text(encoding="utf-8").splitlines())
-        for file in files
-    }
+    lengths = {file.relative_to(ROOT).as_posix(): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
     assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}
 
 
-@pytest.mark.parametrize(
-    ("part", "unknown"), [("graph", "torch"), ("core", "networkx"), ("tasks", "networkx")]
-)
+@pytest.mark.parametrize(("part", "unknown"), [("graph", "torch"), ("core", "networkx"), ("tasks", "networkx")])
 def test_islands_when_run(part: str, unknown: str) -> None:
     # What the source does not say: an import that another import makes.
     code = f"""

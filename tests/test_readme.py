@@ -24,7 +24,7 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "README.md", "exec"), names)  # noqa: S102
     assert isinstance(names["report"], mi.Report)
     assert names["report"].faithfulness > 0.5
     assert {path.name for path in tmp_path.iterdir()} == {"induction.json", "induction.svg"}

@@ -33,7 +33,7 @@ class Effects:
     quantity
         What the numbers are, in words.
     axes
-        Names of the axes of ``values``: ``("layer", "head")``, ``("layer", "pos")``, ``("site",)``, ``("node",)`` or ``("edge",)``.
+        Names of the axes of ``values``, such as ``("layer", "head")``, ``("layer", "pos")``, ``("site",)`` or ``("edge",)``.
     coords
         For each axis the label of each index: numbers, or names; for edges the triple ``(src, dst, port)``.
     per_example

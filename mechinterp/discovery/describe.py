@@ -166,7 +166,9 @@ def _role(at: str, looks: tuple[str, float], writes: Sequence[str], effect: floa
     where, strength = looks
     if strength < 0.2:
         return ""
-    if at == "end" and "logits" in writes and where in ("IO", "target"):
+    if at == "end" and "logits" in writes and where == "target" and effect > 0:
+        return "induction"
+    if at == "end" and "logits" in writes and where == "IO":
         return "name mover" if effect > 0 else "negative name mover"
     if at == "end" and where == "S2" and writes[:1] == ("logits",):
         return "copy suppression"

@@ -34,8 +34,9 @@ def report_markdown(
     origin = circuit.provenance
     low, high = report.faithfulness_interval
     chance, rivals = _chance(report)
-    helping = [story for story in stories if story.effect > 0]
-    against = [story for story in stories if story.effect < 0]
+    # What rounds to nothing in the table below is no part of the story.
+    helping = [story for story in stories if story.effect >= 0.005]
+    against = [story for story in stories if story.effect <= -0.005]
     lines = [
         f"# The circuit of {report.task} in {report.model}",
         "",
@@ -123,7 +124,10 @@ def _paragraph(helping: Sequence[HeadStory], against: Sequence[HeadStory]) -> li
             continue
         looks = members[0]
         heads = ", ".join(f"`{story.node}`" for story in members)
-        lines.append(f"- **{role}**: {heads} attend from {looks.at[0]} to {looks.attends_to[0][0]}.")
+        lines.append(
+            f"- **{role}**: {heads} {'attends' if len(members) == 1 else 'attend'} "
+            f"from {looks.at[0]} to {looks.attends_to[0][0]}."
+        )
     others = by_role.get("", [])
     if others:
         told = "; ".join(f"`{story.node}` from {story.at[0]} to {story.attends_to[0][0]}" for story in others)

@@ -114,7 +114,8 @@ def test_a_circuit_without_scores(setting: Any) -> None:
     ("at", "looks", "writes", "effect", "role"),
     [
         ("end", ("IO", 0.5), ("logits",), 0.3, "name mover"),
-        ("end", ("target", 0.5), ("logits",), 0.3, "name mover"),
+        ("end", ("target", 0.5), ("logits",), 0.3, "induction"),
+        ("end", ("target", 0.5), ("logits",), -0.3, ""),
         ("end", ("IO", 0.5), ("m5", "logits"), -0.3, "negative name mover"),
         ("end", ("IO", 0.5), ("m5",), 0.3, ""),
         ("end", ("IO", 0.1), ("logits",), 0.3, ""),

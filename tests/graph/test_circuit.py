@@ -114,17 +114,13 @@ def test_set_algebra_is_that_of_sets() -> None:
     assert left.iou(right) == right.iou(left) == 10 / 40
     assert left.iou(left) == Circuit.empty(TOY).iou(Circuit.empty(TOY)) == 1.0
     assert (left | right).provenance["left"] == {"method": "left"}
-    with pytest.raises(
-        GraphError, match=r"These circuits are of different models: .* Only circuits of one shape"
-    ):
+    with pytest.raises(GraphError, match=r"These circuits are of different models: .* Only circuits of one shape"):
         left.iou(Circuit.empty(GROUPED))
 
 
 def test_membership_heads_and_headline() -> None:
     edges = ["embed->a0.h1<v>", "a0.h1->a1.h0<k>", "a1.h0->logits", "a1.h1->logits"]
-    circuit = Circuit.from_edges(
-        TOY, edges, provenance={"task": "ioi", "model": "smollm2", "method": "eap-ig"}
-    )
+    circuit = Circuit.from_edges(TOY, edges, provenance={"task": "ioi", "model": "smollm2", "method": "eap-ig"})
     assert "a1.h0->logits" in circuit
     assert Edge("a1.h0", "logits", "in") in circuit
     assert "a0.h0->logits" not in circuit

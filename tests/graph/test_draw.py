@@ -41,9 +41,7 @@ def test_every_node_and_edge_is_drawn(n: int) -> None:
     circuit = circuit_of(n)
     svg = draw(circuit, max_edges=n + 4).svg
     titles = marks(svg, "edge")
-    drawn = {
-        Edge.parse(title.split()[0]): title.split()[1] for name, title in titles.items() if name[0] == "e"
-    }
+    drawn = {Edge.parse(title.split()[0]): title.split()[1] for name, title in titles.items() if name[0] == "e"}
     assert drawn.keys() == set(circuit.edges)
     assert all(float(text) == pytest.approx(circuit.scores[edge], rel=1e-3) for edge, text in drawn.items())
     assert marks(svg, "node").keys() == {f"n_{name}" for name in circuit.nodes}
@@ -96,9 +94,7 @@ def test_captions_say_what_is_left_out() -> None:
     assert draw(circuit_of(60)).caption == "All 60 edges of the circuit, 784 in the model."
     n = dangling.n_connected
     assert n < len(dangling)
-    assert draw(dangling).caption.startswith(
-        f"The {n} edges on paths from embed to logits, of {len(dangling)} in"
-    )
+    assert draw(dangling).caption.startswith(f"The {n} edges on paths from embed to logits, of {len(dangling)} in")
     some = draw(dangling, max_edges=20)
     assert some.caption == (
         f"The strongest 20 that connect, of {n} edges on paths from embed to logits; "
@@ -107,10 +103,7 @@ def test_captions_say_what_is_left_out() -> None:
     assert len(some.circuit) == some.circuit.n_connected == 20
     assert len(draw(dangling, connected=False).circuit) == len(dangling)
     assert draw(dangling, connected=False, max_edges=9).caption.startswith("The strongest 9 of ")
-    assert (
-        repr(some)
-        == f"Diagram: 20 edges and {len(some.circuit.nodes)} nodes of a circuit of {len(dangling)} edges"
-    )
+    assert repr(some) == f"Diagram: 20 edges and {len(some.circuit.nodes)} nodes of a circuit of {len(dangling)} edges"
     assert some.caption.split(";")[0] in " ".join(re.findall(r">([^<]*)</text>", some.svg))
 
 
@@ -154,9 +147,7 @@ def test_nothing_points_outside() -> None:
     page = draw(circuit_of(60)).html
     addresses = set(re.findall(r"https?://[^\s\"'<>)]+", page))
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    assert not re.search(
-        r"<(link|img|iframe|object|base)\b|\bsrc=|@import|url\(|fetch\(|<script[^>]*\bsrc", page
-    )
+    assert not re.search(r"<(link|img|iframe|object|base)\b|\bsrc=|@import|url\(|fetch\(|<script[^>]*\bsrc", page)
     assert "<!DOCTYPE svg" not in page
 
 
@@ -195,9 +186,7 @@ def test_notebooks_show_circuits_and_diagrams() -> None:
 def test_without_pygraphviz(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "pygraphviz", None)
     diagram = draw(circuit_of(5))
-    with pytest.raises(
-        MissingExtraError, match=r"Drawing a circuit needs pygraphviz. Run: pip install pygraphviz"
-    ):
+    with pytest.raises(MissingExtraError, match=r"Drawing a circuit needs pygraphviz. Run: pip install pygraphviz"):
         diagram.save(tmp_path / "c.svg")
     assert diagram._repr_svg_() is None
     assert list(tmp_path.iterdir()) == []

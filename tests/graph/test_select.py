@@ -52,9 +52,7 @@ def test_ties_go_to_the_earlier_edge() -> None:
 def test_threshold_keeps_what_reaches_it() -> None:
     scores = gaussian(TOY)
     assert set(threshold_edges(TOY, scores, 0.5).edges) == {e for e, s in scores.items() if abs(s) >= 0.5}
-    assert set(threshold_edges(TOY, scores, 0.5, signed=True).edges) == {
-        e for e, s in scores.items() if s >= 0.5
-    }
+    assert set(threshold_edges(TOY, scores, 0.5, signed=True).edges) == {e for e, s in scores.items() if s >= 0.5}
 
 
 @pytest.mark.parametrize("shape", [TOY, GROUPED], ids=repr)

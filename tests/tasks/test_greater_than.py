@@ -59,9 +59,7 @@ def test_years_that_are_one_token_are_not_drawn() -> None:
     # As GPT-2 has some: here all of the 1700s but two, and 1101, without which 11xx has no counterfactual.
     whole = [f"17{number:02d}" for number in range(100) if number not in (1, 45)] + ["1101"]
     pattern = "|".join([*whole, r"\d{2}"])
-    task = greater_than(
-        chunked(pattern, [*whole, *(f"{number:02d}" for number in range(100))]), n=200, seed=0
-    )
+    task = greater_than(chunked(pattern, [*whole, *(f"{number:02d}" for number in range(100))]), n=200, seed=0)
     assert task.texts is not None
     drawn = {re.search(r"\d{4}", text).group() for text in task.texts}  # type: ignore[union-attr]
     assert not any(year.startswith("11") for year in drawn)
@@ -95,10 +93,7 @@ def test_prompts_are_distinct_and_the_seed_decides(tokenizer: Any) -> None:
         ),
         (
             {"n": 1000, "nouns": ["war"]},
-            (
-                "only 640 distinct prompts were found in 50100 draws, and 1000 were asked: ask for fewer, or "
-                "pass more nouns."
-            ),
+            ("only 640 distinct prompts were found in 50100 draws, and 1000 were asked: ask for fewer, or pass more nouns."),
         ),
     ],
 )
@@ -119,6 +114,4 @@ def test_messages_about_tokenizers() -> None:
     )
     with pytest.raises(TaskError) as caught:
         greater_than(word_tokenizer(["year", "to", "the", *"0123456789"]), n=4, seed=0)
-    assert str(caught.value) == (
-        "no noun of greater_than is a single token for this tokenizer: pass nouns=[...] that are."
-    )
+    assert str(caught.value) == ("no noun of greater_than is a single token for this tokenizer: pass nouns=[...] that are.")

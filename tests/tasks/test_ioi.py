@@ -119,10 +119,7 @@ def test_default_templates_of_the_commonest_length_are_kept() -> None:
         ),
         (
             {"names": ["Mary", "John", "Zebulon", "Adam", "Alan", "Amy"]},
-            (
-                "'Zebulon' is not one token after a space for this tokenizer: an answer is one token, "
-                "so leave it out of names=."
-            ),
+            ("'Zebulon' is not one token after a space for this tokenizer: an answer is one token, so leave it out of names=."),
         ),
         (
             {"names": ["Mary", "Zebulon", "Ophelia"]},
@@ -149,10 +146,7 @@ def test_default_templates_of_the_commonest_length_are_kept() -> None:
         ),
         (
             {"templates": ["Then {A} and {B} saw the {plase}, {S} gave a ring to"]},
-            (
-                "template 'Then {A} and {B} saw the {plase}, {S} gave a ring to' has a field {plase}. "
-                "Did you mean 'place'?"
-            ),
+            ("template 'Then {A} and {B} saw the {plase}, {S} gave a ring to' has a field {plase}. Did you mean 'place'?"),
         ),
         (
             {"templates": ["Then {A} and {S} met, and gave a ring to"]},
@@ -171,10 +165,7 @@ def test_default_templates_of_the_commonest_length_are_kept() -> None:
         ),
         (
             {"templates": ["Then {A} and {B} met, and {S}"]},
-            (
-                "template 'Then {A} and {B} met, and {S}' ends in a field or a space: end with the "
-                "word before the answer."
-            ),
+            ("template 'Then {A} and {B} met, and {S}' ends in a field or a space: end with the word before the answer."),
         ),
         (
             {"templates": [SHORT, "Then {A} and {B} met, and when {S} gave a ring to"]},
@@ -204,8 +195,7 @@ def test_messages_about_tokenizers(tokenizer: Any) -> None:
     with pytest.raises(TaskError) as caught:
         ioi(few, n=2, seed=0)
     assert str(caught.value) == (
-        f"3 of {len(NAMES)} names are single tokens for this tokenizer, and ioi needs 5: pass names=[...] "
-        "that are."
+        f"3 of {len(NAMES)} names are single tokens for this tokenizer, and ioi needs 5: pass names=[...] that are."
     )
     with pytest.raises(TaskError) as caught:
         ioi(word_tokenizer(NAMES[:6]), n=2, seed=0)
@@ -228,9 +218,7 @@ def test_a_tokenizer_that_splits_names_by_context_is_refused() -> None:
         bos_token_id = None
 
         def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-            ids = tokenizer.encode(
-                text.replace("and Adam", "and the Adam"), add_special_tokens=add_special_tokens
-            )
+            ids = tokenizer.encode(text.replace("and Adam", "and the Adam"), add_special_tokens=add_special_tokens)
             return list(ids)
 
         def decode(self, token_ids: list[int]) -> str:
@@ -238,6 +226,4 @@ def test_a_tokenizer_that_splits_names_by_context_is_refused() -> None:
 
     with pytest.raises(TaskError) as caught:
         ioi(Splitting(), n=20, seed=0, templates=[SHORT])
-    assert "this tokenizer splits names by context; pass templates= or names= that it does not." in str(
-        caught.value
-    )
+    assert "this tokenizer splits names by context; pass templates= or names= that it does not." in str(caught.value)

@@ -166,26 +166,17 @@ def _returns(value: Any) -> Metric:
         (
             logit_diff,
             LOGITS[:, :3],
-            (
-                "task 'two' has answer token 3, and the model has 3 logits: make the task with this model's "
-                "tokenizer."
-            ),
+            ("task 'two' has answer token 3, and the model has 3 logits: make the task with this model's tokenizer."),
         ),
         (
             _returns(torch.tensor(1.0)),
             LOGITS,
-            (
-                "metric 'mine' returned shape [] for 2 pairs: return a tensor of shape [2], one number per "
-                "example, not averaged."
-            ),
+            ("metric 'mine' returned shape [] for 2 pairs: return a tensor of shape [2], one number per example, not averaged."),
         ),
         (
             _returns(0.5),
             LOGITS,
-            (
-                "metric 'mine' returned float for 2 pairs: return a tensor of shape [2], one number per "
-                "example, not averaged."
-            ),
+            ("metric 'mine' returned float for 2 pairs: return a tensor of shape [2], one number per example, not averaged."),
         ),
         (
             _returns(torch.tensor([True, False])),
@@ -195,10 +186,7 @@ def _returns(value: Any) -> Metric:
         (
             _returns(torch.tensor([1.0, math.nan])),
             LOGITS,
-            (
-                "metric 'mine' is nan on pair 1 (1 of 2 pairs are not finite): look at that pair's "
-                "logits for inf or nan."
-            ),
+            ("metric 'mine' is nan on pair 1 (1 of 2 pairs are not finite): look at that pair's logits for inf or nan."),
         ),
     ],
 )
@@ -212,12 +200,10 @@ def test_reference_and_gather_messages(task: Task) -> None:
     with pytest.raises(MetricError) as caught:
         kl(LOGITS, task, torch.zeros(2, 5))
     assert str(caught.value) == (
-        "metric 'kl' got logits of shape [2, 4] and a reference of shape [2, 5]: take both from the same "
-        "model and task."
+        "metric 'kl' got logits of shape [2, 4] and a reference of shape [2, 5]: take both from the same model and task."
     )
     with pytest.raises(MetricError) as caught:
         gather_answer_logits(torch.zeros(2, 1, 4), task)
     assert str(caught.value) == (
-        "logits of shape [2, 1, 4] do not fit task 'two': expected [2 3 vocab] (batch pos vocab), every "
-        "position of every prompt."
+        "logits of shape [2, 1, 4] do not fit task 'two': expected [2 3 vocab] (batch pos vocab), every position of every prompt."
     )

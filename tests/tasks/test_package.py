@@ -49,8 +49,7 @@ def test_resolve_task() -> None:
     with pytest.raises(TaskError) as caught:
         resolve_task("greater")
     assert str(caught.value) == (
-        "there is no task 'greater'. Did you mean 'greater_than'? Pairs of your own are read with "
-        "Task.from_jsonl."
+        "there is no task 'greater'. Did you mean 'greater_than'? Pairs of your own are read with Task.from_jsonl."
     )
 
 

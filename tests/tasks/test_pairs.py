@@ -73,10 +73,7 @@ def test_positions_by_text_and_by_number(read: Read) -> None:
     [
         (
             '{"clean": "a",',
-            (
-                "is not JSON (Expecting property name enclosed in double quotes at column 15): write one "
-                "object a line."
-            ),
+            ("is not JSON (Expecting property name enclosed in double quotes at column 15): write one object a line."),
         ),
         ("[1]", 'is a JSON list, not an object: write {"clean": ..., ...}.'),
         ({**GOOD, "postions": {}}, "has the key 'postions'. Did you mean 'positions'?"),
@@ -165,8 +162,7 @@ def test_positions_have_the_same_names_on_every_line(read: Read) -> None:
     with pytest.raises(TaskError) as caught:
         read({**GOOD, "positions": {"end": -1}}, GOOD)
     assert str(caught.value) == (
-        "gifts.jsonl, line 2: names the positions [], and the lines before ['end']: every line names the "
-        "same."
+        "gifts.jsonl, line 2: names the positions [], and the lines before ['end']: every line names the same."
     )
 
 
@@ -182,6 +178,4 @@ def test_empty_missing_and_binary_files(read: Read, tmp_path: Path, tokenizer: A
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FileFormatError) as caught:
         Task.from_jsonl(binary, tokenizer)
-    assert str(caught.value) == (
-        "model.gguf is not a UTF-8 text file (invalid start byte): it holds one JSON object a line."
-    )
+    assert str(caught.value) == ("model.gguf is not a UTF-8 text file (invalid start byte): it holds one JSON object a line.")

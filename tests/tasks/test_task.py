@@ -23,10 +23,7 @@ PADDED = {
 def test_repr_is_the_headline(task: Task) -> None:
     assert repr(task) == "Task mine: 2 pairs of 3 tokens, differ at 1 position, metric logit_diff"
     assert repr(task[:1]) == "Task mine: 1 pair of 3 tokens, differ at 1 position, metric logit_diff"
-    assert (
-        repr(Task(**PADDED))
-        == "Task padded: 2 pairs of 2 to 4 tokens, differ at 1 position, metric logit_diff"
-    )
+    assert repr(Task(**PADDED)) == "Task padded: 2 pairs of 2 to 4 tokens, differ at 1 position, metric logit_diff"
 
 
 def test_lists_become_int64_tensors_with_answers_in_two_dimensions(task: Task) -> None:
@@ -109,9 +106,7 @@ def test_split_never_puts_one_prompt_on_both_sides() -> None:
     task = _numbered(6)[[0, 0, 0, 1, 1, 2, 3, 4, 5, 5]]
     for seed in range(20):
         found_on, held_out = task.split(0.5, seed=seed)
-        assert not {tuple(row) for row in found_on.clean.tolist()} & {
-            tuple(row) for row in held_out.clean.tolist()
-        }
+        assert not {tuple(row) for row in found_on.clean.tolist()} & {tuple(row) for row in held_out.clean.tolist()}
         assert len(found_on) + len(held_out) == 10
 
 
@@ -175,10 +170,7 @@ MESSAGES = [
     ),
     (
         {"mask": [[1, 1, 1], [1, 1, 0]]},
-        (
-            "mask has shape [2, 3] and dtype torch.int64: it holds booleans of the prompts' shape [2, "
-            "3], True for real tokens."
-        ),
+        ("mask has shape [2, 3] and dtype torch.int64: it holds booleans of the prompts' shape [2, 3], True for real tokens."),
     ),
     (
         {"mask": [[True, True, True], [False, True, True]]},
@@ -255,8 +247,7 @@ def test_tensors_on_two_devices_are_refused() -> None:
     with pytest.raises(TaskError) as caught:
         check_devices(torch.zeros(1), torch.zeros(1, device="meta"))
     assert str(caught.value) == (
-        "the tensors are on different devices (cpu, meta): make the task on one, and move it with "
-        "task.to(device)."
+        "the tensors are on different devices (cpu, meta): make the task on one, and move it with task.to(device)."
     )
 
 
