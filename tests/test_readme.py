@@ -41,7 +41,7 @@ def test_every_block_runs(empty: Path) -> None:
     names: dict[str, object] = {}
     assert blocks("python")
     for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), names)
+        exec(compile(code, "README.md", "exec"), names)  # noqa: S102
     assert {path.name for path in empty.iterdir()} == {"induction.json", "induction.svg"}
     report, circuit = names["report"], names["circuit"]
     assert isinstance(report, mi.Report)

@@ -122,8 +122,8 @@ def test_one_unit_is_the_difference_between_the_runs(setting: Any) -> None:
 
 @pytest.mark.parametrize("at", ["L*.H*.z", "L*.resid_pre", "L*.mlp_out", "L*.H*.pattern", "L*.resid_mid", "L*.H*.q_in"])
 def test_patching_a_run_into_itself_changes_nothing(setting: Any, at: str) -> None:
-    """Not a bit where every cell is a full forward pass, as on a model with hooks of the user's; where cells are
-    replayed from a recording, shorter matrix products round differently."""
+    """Up to rounding: packed rows and shorter matrix products are summed in another order on several threads.
+    That not a bit changes in one and the same forward pass is a test of the core."""
     task = setting.task
     same = mi.Task(name="same", clean=task.clean, corrupt=task.clean, right=task.right, wrong=task.wrong)
     replayed = mi.patch(setting.model, same, at, normalize=False)
@@ -133,7 +133,7 @@ def test_patching_a_run_into_itself_changes_nothing(setting: Any, at: str) -> No
         in_full = mi.patch(setting.model, same, at, normalize=False)
     finally:
         handle.remove()
-    assert in_full.per_example.abs().max() == 0.0
+    assert in_full.per_example.abs().max() < 1e-5
 
 
 def test_the_two_directions_are_one_with_the_prompts_swapped(setting: Any) -> None:
