@@ -77,6 +77,8 @@ def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Minutes. From a copy in an empty folder, so that nothing beside the notebook is needed."""
     # The kernel is a process of its own, and this package need not be installed for the tests.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # Set for the tests, it would keep the notebook from showing its figures.
+    monkeypatch.delenv("MPLBACKEND", raising=False)
     committed = nbformat.read(path, as_version=4)
     notebook = nbformat.read(path, as_version=4)
     for cell in code_cells(notebook):
