@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mechinterp.core.effects import Effects as Effects
     from mechinterp.core.hooks import HookRegistry as HookRegistry
     from mechinterp.core.model import Model as Model
+    from mechinterp.core.plan import Plan as Plan
     from mechinterp.core.run import Cache as Cache
     from mechinterp.core.run import Run as Run
     from mechinterp.core.run import run as run
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from mechinterp.graph import draw as draw
     from mechinterp.graph import random_edges as random_edges
     from mechinterp.patching.activation import patch as patch
+    from mechinterp.patching.activation import plan as plan
     from mechinterp.patching.attribution import attribute as attribute
     from mechinterp.tasks import Metric as Metric
     from mechinterp.tasks import Task as Task
@@ -62,6 +64,7 @@ _HOMES = {
     "core.effects": ("Effects",),
     "core.hooks": ("HookRegistry",),
     "core.model": ("Model",),
+    "core.plan": ("Plan",),
     "core.run": ("Cache", "Run", "run"),
     "core.select": ("Selection", "select"),
     "core.sites": ("Site",),
@@ -71,7 +74,7 @@ _HOMES = {
     "discovery.running": ("CircuitRuns", "run_circuits"),
     "errors": ("MechInterpError",),
     "graph": ("Circuit", "Diagram", "Edge", "GraphShape", "computation_graph", "draw", "random_edges"),
-    "patching.activation": ("patch",),
+    "patching.activation": ("patch", "plan"),
     "patching.attribution": ("attribute",),
     "tasks": ("Metric", "Task"),
     "zoo": ("load",),

@@ -66,6 +66,8 @@ class HookRegistry:
         The model to act on.
     positions
         Named positions, a name to ``[batch]`` positions (``task.positions``), for selectors such as ``"L5.H1.z[S2]"``.
+    partial
+        Modules of the model are called alone inside the ``with`` block, each once, and not the model itself.
 
     Raises
     ------
@@ -92,6 +94,7 @@ class HookRegistry:
 
     model: Model
     positions: Mapping[str, Tensor] = field(default_factory=dict)
+    partial: bool = False
     _steps: list[_Step] = field(default_factory=list, repr=False)
     _claims: dict[Site, list[_Claim]] = field(default_factory=dict, repr=False)
     _forwards: int = field(default=0, repr=False)
@@ -224,7 +227,7 @@ class HookRegistry:
         handles: list[Any] = []
         kept: dict[tuple[int, str], Tensor] = {}
         me = id(self)
-        self._forwards = 0
+        self._forwards = int(self.partial)
         for step in self._steps:
             step.fired = 0
 
