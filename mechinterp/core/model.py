@@ -239,9 +239,15 @@ class Model:
         after = getattr(block, "ln2_post", None)
         return out if after is None else after.original_component(out)
 
-    def unembed(self, stream: Tensor) -> Tensor:
-        """Logits ``[... vocab]`` of the last residual stream ``[... d_model]``, soft cap included."""
-        logits = self.bridge.unembed.original_component(self.norm("final")(stream))
+    def unembed(self, stream: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+        """Logits ``[... vocab]`` of the last residual stream ``[... d_model]``, soft cap included; of these tokens, or all."""
+        head = self.bridge.unembed.original_component
+        normed = self.norm("final")(stream)
+        if vocabulary is None:
+            logits = head(normed)
+        else:
+            bias = None if head.bias is None else head.bias[vocabulary]
+            logits = nn.functional.linear(normed, head.weight[vocabulary], bias)
         cap = getattr(self.hf.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

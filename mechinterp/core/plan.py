@@ -33,11 +33,11 @@ def progress_bar(total: int, label: str, *, show: bool) -> Any:
     return tqdm(total=total, desc=label, disable=not show, leave=False)
 
 
-def row_bytes(model: Model, length: int, attended: int | None = None) -> int:
-    """About how many bytes of activations one prompt takes in a forward pass of ``length`` positions."""
+def row_bytes(model: Model, length: int, attended: int | None = None, columns: int | None = None) -> int:
+    """About how many bytes one prompt takes in a forward pass of ``length`` positions that gives ``columns`` logits."""
     cfg = model.cfg
     per_token = 8 * cfg.d_model + 3 * cfg.d_mlp + 3 * cfg.n_heads * (attended or length)
-    return model.dtype.itemsize * (length * per_token + 2 * cfg.d_vocab)
+    return model.dtype.itemsize * (length * per_token + 2 * (columns or cfg.d_vocab))
 
 
 def rows_per_forward(model: Model, length: int, *, memory: int = BUDGET) -> int:
@@ -125,6 +125,7 @@ def plan_cells(
     *,
     start: int,
     read: Tensor,
+    vocabulary: Tensor | None = None,
     memory: int = BUDGET,
 ) -> Plan:
     """How will these counterfactual runs be computed, and at what cost?
@@ -139,10 +140,13 @@ def plan_cells(
         The first position at which any new value differs from the receiving run.
     read
         ``[batch]`` positions whose logits are wanted.
+    vocabulary
+        The tokens whose logits are wanted; all by default.
     memory
         Bytes of activations that one pass may hold.
     """
     reason = why_not_exact(model)
+    columns = model.cfg.d_vocab if vocabulary is None else len(vocabulary)
     grouped: dict[int | None, list[int]] = {}
     unchanged = 0
     for i, cell in enumerate(cells):
@@ -159,7 +163,7 @@ def plan_cells(
         peak = batch * length * model.cfg.n_layers * model.cfg.d_model * 4 * model.dtype.itemsize
     for first, members in grouped.items():
         shown = length if first is None else length - first
-        per_row = row_bytes(model, shown, length)
+        per_row = row_bytes(model, shown, length, columns=model.cfg.d_vocab if first is None else columns)
         at_once = max(1, memory // (per_row * batch))
         # Runs that enter at neighbouring layers share their passes.
         members = sorted(members, key=lambda i: min(site.layer or 0 for site in cells[i]))
@@ -170,7 +174,7 @@ def plan_cells(
         if first is None:
             flops += len(members) * batch * _flops(model, length, 0, model.cfg.n_layers)
         else:
-            flops += batch * sum(_entry_flops(model, cells[i], length, first) for i in members)
+            flops += batch * sum(_entry_flops(model, cells[i], length, first, columns) for i in members)
     in_full = len(grouped.get(None, []))
     if in_full and not reason:
         reason = "their sites lie outside the blocks"
@@ -182,7 +186,7 @@ def plan_cells(
         replayed=len(cells) - unchanged - in_full,
         reason=reason if in_full else "",
         flops=flops,
-        flops_full=len(cells) * batch * _flops(model, length, 0, model.cfg.n_layers, unembedded=length),
+        flops_full=len(cells) * batch * _flops(model, length, 0, model.cfg.n_layers, unembedded=float(length)),
         peak_bytes=peak,
         batches=tuple(batches),
     )
@@ -199,8 +203,8 @@ def _first_change(cell: Sequence[Site], length: int, start: int, read: Tensor) -
     return min(*seen, int(read.min())) if seen else None
 
 
-def _flops(model: Model, length: int, start: int, layers: int, unembedded: int = 1) -> float:
-    """Of the matrix products of so many blocks at the positions from ``start`` of one prompt, and of the unembedding."""
+def _flops(model: Model, length: int, start: int, layers: int, unembedded: float = 1.0) -> float:
+    """Of the matrix products of so many blocks at the positions from ``start`` of one prompt, and of so many unembeddings."""
     cfg, n = model.cfg, length - start
     attention = cfg.d_model * cfg.d_head * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) * n
     attention += 2 * cfg.n_heads * cfg.d_head * n * length
@@ -213,9 +217,9 @@ def _mlp_products(model: Model) -> int:
     return sum(weight.numel() for weight in model.block(0).mlp.parameters() if weight.ndim == 2)
 
 
-def _entry_flops(model: Model, cell: Sequence[Site], length: int, start: int) -> float:
+def _entry_flops(model: Model, cell: Sequence[Site], length: int, start: int, columns: int) -> float:
     kind, layer = kind_of_entry(cell), min(site.layer or 0 for site in cell)
-    flops = _flops(model, length, start, model.cfg.n_layers - layer - (kind != "block"))
+    flops = _flops(model, length, start, model.cfg.n_layers - layer - (kind != "block"), columns / model.cfg.d_vocab)
     name = next(site.name for site in cell if site.layer == layer)
     if kind == "tail" and not (model.cfg.parallel and name in ("z", "attn_out")):
         flops += 2.0 * _mlp_products(model) * (length - start)
@@ -231,11 +235,12 @@ def sweep(
     cells: Sequence[Cell],
     *,
     read: Tensor,
+    vocabulary: Tensor | None = None,
     positions: Mapping[str, Tensor] | None = None,
     base: Cell = (),
     label: str = "patching",
     progress: bool = False,
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[tuple[Sequence[int], Tensor]]:
     """What does the model answer in each of the counterfactual runs of a plan?
 
     Parameters
@@ -245,8 +250,9 @@ def sweep(
 
     Yields
     ------
-    (int, Tensor)
-        The index of the cell and its logits ``[batch vocab]``; not in order. Cells that change nothing are left out.
+    (Sequence[int], Tensor)
+        Which cells, and their logits ``[cell batch vocab]`` (of the ``vocabulary``); in the order of the plan. Cells that
+        change nothing are left out.
 
     Notes
     -----
@@ -262,11 +268,12 @@ def sweep(
 
             def answer(members: Sequence[int], start: int | None = part.start) -> Tensor:
                 if start is None or recording is None:
-                    return _run_full(model, tokens, [cells[i] for i in members], read, positions or {}, base)
-                return replay(recording.since(start), [Entry(tuple(cells[i])) for i in members], read)
+                    logits = _run_full(model, tokens, [cells[i] for i in members], read, positions or {}, base)
+                    return logits if vocabulary is None else logits[..., vocabulary]
+                return replay(recording.since(start), [Entry(tuple(cells[i])) for i in members], read, vocabulary)
 
             for members, logits in halving(part.cells, answer):
-                yield from zip(members, logits, strict=True)
+                yield members, logits
                 bar.update(len(members))
 
 

@@ -178,8 +178,10 @@ def _cut(call: Mapping[str, Any], start: int, length: int) -> dict[str, Any]:
     return cut
 
 
-def replay(recording: Recording, entries: Sequence[Entry], read: Tensor) -> Tensor:
+def replay(recording: Recording, entries: Sequence[Entry], read: Tensor, vocabulary: Tensor | None = None) -> Tensor:
     """Answer logits ``[entry batch vocab]`` of each counterfactual run, at positions ``read [batch]``.
+
+    With ``vocabulary`` only the logits of these tokens are computed.
 
     Cost: for each entry, the blocks after its layer (and what its kind names of its own) at the positions from
     ``recording.start``, and one row of the unembedding.
@@ -205,12 +207,11 @@ def replay(recording: Recording, entries: Sequence[Entry], read: Tensor) -> Tens
             if skips := new.get("skip"):
                 hidden = torch.cat([hidden, *(_run_skip(recording, layer, entry) for entry in skips)])
                 joined += skips
-        rows = torch.arange(len(hidden), device=hidden.device)
-        answer = hidden[rows, (read - recording.start).repeat(len(joined))]
-        logits = model.unembed(answer)
-    place = {id(entry): i for i, entry in enumerate(joined)}
-    arranged = logits.reshape(len(joined), batch, -1)
-    return arranged[[place[id(entry)] for entry in entries]]
+        place = {id(entry): i for i, entry in enumerate(joined)}
+        arranged = rearrange(hidden, "(entry b) p m -> entry b p m", b=batch)
+        rows = torch.arange(batch, device=hidden.device)
+        answer = arranged[:, rows, read - recording.start][[place[id(entry)] for entry in entries]]
+        return model.unembed(answer, vocabulary)
 
 
 def _run_block(recording: Recording, layer: int, hidden: Tensor, entries: Sequence[Entry]) -> Tensor:
@@ -399,11 +400,15 @@ def _check(model: Model) -> str:
             changes.append(Entry(tuple(changed)))
         full = run(model, tokens.repeat(len(runs), 1), edits=edits).logits[:, -1].reshape(len(runs), batch, -1).float()
         again = replay(recording, changes, read).float()
+        some = torch.arange(0, model.cfg.d_vocab, max(1, model.cfg.d_vocab // 7), device=model.device)
+        few = replay(recording, changes[:1], read, some).float()
     except (MechInterpError, RuntimeError, TypeError, AttributeError, KeyError, ValueError, IndexError) as error:
         return f"its blocks cannot be called alone ({type(error).__name__}: {error})"
     scale = (full - full.mean(-1, keepdim=True)).abs().max().clamp(min=1e-9)
     errors = ((again - full).abs().amax(dim=(1, 2)) / scale).tolist()
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 3e-2)
+    if not float((few - again[:1, :, some]).abs().max() / scale) < tolerance:
+        return "its logits are not a linear map of the last norm"
     for run_sites, off in zip(runs, errors, strict=True):
         if not off < tolerance:
             return f"a replay from {run_sites[0].name} differs from a full forward pass by {off:.1e} of the largest logit"

@@ -194,5 +194,5 @@ def _resampled(n: int, resamples: int, seed: int) -> Tensor:
 def _interval(values: Tensor, confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
     # Prompts drawn by chance may all be ones on which clean and corrupt are equal: nothing is defined there.
-    low, high = torch.quantile(values[values.isfinite()], torch.tensor([tail, 1 - tail])).tolist()
+    low, high = torch.quantile(values[values.isfinite()].float(), torch.tensor([tail, 1 - tail])).tolist()
     return low, high

@@ -17,7 +17,7 @@ from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
 from mechinterp.errors import SelectorError, did_you_mean
 from mechinterp.patching.compare import Direction, MetricLike, compare_runs
-from mechinterp.tasks import Task
+from mechinterp.tasks import Task, resolve_metric
 
 __all__ = ["Grid", "grid_of", "patch", "plan"]
 
@@ -119,13 +119,14 @@ def plan(
     over: Sequence[str] | None = None,
     window: int = 1,
     corruption: Edit | Sequence[Edit] = (),
+    metric: MetricLike = None,
     memory: int = BUDGET,
 ) -> Plan:
     """What would this sweep cost, before anything runs?
 
     Parameters
     ----------
-    model, task, at, over, window, corruption, memory
+    model, task, at, over, window, corruption, metric, memory
         As in `patch`.
 
     Returns
@@ -146,12 +147,13 @@ def plan(
     """
     grid = grid_of(model, at, task.clean.shape[1], over, window)
     start = 0 if _edits(corruption) else int(task.first_difference.min())
-    return _plan(model, task, grid.cells, start, memory)
+    vocabulary = task.answers()[1] if resolve_metric(metric, task).answers_only else None
+    return _plan(model, task, grid.cells, start, vocabulary, memory)
 
 
-def _plan(model: Model, task: Task, cells: Sequence[Sequence[Site]], start: int, memory: int) -> Plan:
+def _plan(model: Model, task: Task, cells: Sequence[Sequence[Site]], start: int, vocabulary: Tensor | None, memory: int) -> Plan:
     batch, length = task.clean.shape
-    return plan_cells(model, batch, length, cells, start=start, read=task.answer_pos, memory=memory)
+    return plan_cells(model, batch, length, cells, start=start, read=task.answer_pos, vocabulary=vocabulary, memory=memory)
 
 
 def _edits(corruption: Edit | Sequence[Edit]) -> tuple[Edit, ...]:
@@ -242,7 +244,7 @@ def patch(
     differs = {site: not torch.equal(runs.other[site], runs.receiver[site]) for site in everything}
     live = [i for i, cell in enumerate(grid.cells) if any(differs[site] for site in cell)]
     cells = [[(site, runs.other[site]) for site in grid.cells[i] if differs[site]] for i in live]
-    plan = _plan(model, task, [[site for site, _ in cell] for cell in cells], runs.start, memory)
+    plan = _plan(model, task, [[site for site, _ in cell] for cell in cells], runs.start, runs.vocabulary, memory)
     flat = torch.zeros(len(grid.cells), len(task))
     results = sweep(
         plan,
@@ -250,13 +252,15 @@ def patch(
         runs.tokens,
         cells,
         read=runs.task.answer_pos,
+        vocabulary=runs.vocabulary,
         positions=runs.task.positions,
         base=runs.base,
         label=f"patch {at}",
         progress=progress,
     )
-    for index, logits in results:
-        flat[live[index]] = ((runs.measure(logits) - received) / unit).float().cpu()
+    for members, logits in results:
+        chosen = [live[i] for i in members]
+        flat[chosen] = ((runs.measure_cells(logits) - received) / unit).float().cpu()
     what = grid.site or (str(at) if len(str(at)) <= 40 else f"{len(grid.cells)} sites")
     more = {"corruption": [repr(edit) for edit in _edits(corruption)]} if corruption else {}
     return Effects(

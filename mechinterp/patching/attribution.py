@@ -116,8 +116,8 @@ def attribute(
             clean.append(runs.measure(runs.clean_logits))
             corrupt.append(runs.measure(runs.corrupt_logits))
     baseline = {"clean": float(torch.cat(clean).mean()), "corrupt": float(torch.cat(corrupt).mean())}
-    gap = unit_of(baseline, direction, metric=runs.metric, task=task)
-    flat = torch.cat(scores, dim=-1) / (gap if normalize else 1.0)
+    scale = unit_of(baseline, direction, metric=runs.metric, task=task) if normalize else 1.0
+    flat = torch.cat(scores, dim=-1) / scale
     method = "EAP" if unit == "edge" else "attribution patching"
     if points != (0.0,):
         method += f"-IG inputs, {len(points)} {'midpoints' if isinstance(steps, int) else 'points'}"
@@ -132,8 +132,8 @@ def attribute(
     )
     provenance["prompts"] = len(task)
     if at is None:
-        error = float(scorer.from_embed(flat).mean()) - (1.0 if normalize else gap)
-        provenance["completeness_error"] = error
+        gap = (baseline["clean"] - baseline["corrupt"]) * (1 if direction == "denoise" else -1)
+        provenance["completeness_error"] = float(scorer.from_embed(flat).mean()) - gap / scale
     return Effects(
         quantity=f"{method}: patching {what} ({direction}), estimated",
         axes=scorer.axes,

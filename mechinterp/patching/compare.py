@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -72,6 +73,23 @@ class Comparison:
     def measure(self, logits: Tensor) -> Tensor:
         """The metric per example ``[batch]`` of answer logits ``[batch vocab]``."""
         return self.metric(logits, self.task, self.clean_logits if self.metric.needs_reference else None)
+
+    @cached_property
+    def _answers(self) -> tuple[Task, Tensor]:
+        return self.task.answers()
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """The tokens whose logits the metric reads; ``None`` for all."""
+        return self._answers[1] if self.metric.answers_only else None
+
+    def measure_cells(self, logits: Tensor) -> Tensor:
+        """The metric ``[cell batch]`` of answer logits ``[cell batch vocab]``, of the tokens of `vocabulary`."""
+        if not self.metric.answers_only:
+            return torch.stack([self.measure(each) for each in logits])
+        cells, batch = logits.shape[:2]
+        task = self._answers[0]
+        return self.metric(logits.flatten(0, 1), task[list(range(batch)) * cells]).reshape(cells, batch)
 
     @property
     def baseline(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ Largest difference seen between a sweep and single full forward passes: 2e-6 of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -57,9 +57,13 @@ def one_by_one(model: Any, tokens: Tensor, cells: list[Cell]) -> Tensor:
 def swept(model: Any, tokens: Tensor, cells: list[Cell], *, start: int, memory: int = 1 << 30) -> tuple[Any, Tensor]:
     """The plan, and ``[cell batch vocab]`` by it."""
     plan = plan_cells(model, 3, 7, [[site for site, _ in cell] for cell in cells], start=start, read=READ, memory=memory)
-    found = dict(sweep(plan, model, tokens, cells, read=READ, positions={"S": WHERE}))
+    found = as_dict(sweep(plan, model, tokens, cells, read=READ, positions={"S": WHERE}))
     assert sorted(found) == list(range(len(cells)))
     return plan, torch.stack([found[i] for i in range(len(cells))])
+
+
+def as_dict(results: Iterator[tuple[Sequence[int], Tensor]]) -> dict[int, Tensor]:
+    return {i: each for members, logits in results for i, each in zip(members, logits, strict=True)}
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -131,7 +135,7 @@ def test_what_cannot_change_the_answer_is_not_run(gpt2: Any, tokens: Tensor) -> 
     early = torch.tensor([5, 5, 4])
     plan = plan_cells(gpt2, 3, 7, sites, start=3, read=early)
     assert (plan.cells, plan.unchanged, plan.replayed) == (4, 3, 1)
-    found = dict(sweep(plan, gpt2, tokens, cells, read=early))
+    found = as_dict(sweep(plan, gpt2, tokens, cells, read=early))
     assert list(found) == [1]
 
 
@@ -141,7 +145,7 @@ def test_values_that_are_put_into_every_run(twins: Any, tokens: Tensor) -> None:
     base = [(Site("resid_pre", 0), kept["L0.resid_pre"])]
     cells = cells_of(model, tokens, ["L0.H1.z", "L1.mlp_out", "L0.resid_pre[5]", "embed"], 2)
     plan = plan_cells(model, 3, 7, [[site for site, _ in cell] for cell in cells], start=0, read=READ)
-    found = dict(sweep(plan, model, tokens, cells, read=READ, base=base))
+    found = as_dict(sweep(plan, model, tokens, cells, read=READ, base=base))
     for i, cell in enumerate(cells):
         edits = [mi.Replace(*base[0], priority=-1), *(mi.Replace(*part) for part in cell)]
         assert error(found[i], mi.run(model, tokens, edits=edits).logits[rows, READ]) < CLOSE
