@@ -92,9 +92,9 @@ def test_windows_patch_neighbouring_layers_together(tiny_gpt2: Any, setting: Any
 
 
 def test_windows_need_layers(setting: Any) -> None:
-    with pytest.raises(SelectorError, match="window=3 takes layers to slide over; L0.resid_pre has the axes pos"):
+    with pytest.raises(SelectorError, match=r"window=3 takes layers to slide over; L0\.resid_pre has the axes pos"):
         mi.patch(setting.model, setting.task, "L0.resid_pre", over=("pos",), window=3)
-    with pytest.raises(SelectorError, match="window=0: give the number of layers that are patched together, 1 or more"):
+    with pytest.raises(SelectorError, match=r"window=0: give the number of layers that are patched together, 1 or more"):
         mi.patch(setting.model, setting.task, "L*.resid_pre", window=0)
 
 
