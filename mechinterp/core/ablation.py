@@ -100,9 +100,7 @@ class Ablation:
         if self.kind not in ABLATIONS:
             raise EditError(f"there is no ablation {self.kind!r}. {did_you_mean(self.kind, ABLATIONS)}")
         if self.kind == "resample-shuffled" and self.seed is None:
-            raise EditError(
-                "the ablation 'resample-shuffled' draws prompts; write mi.Ablation('resample-shuffled', seed=0)"
-            )
+            raise EditError("the ablation 'resample-shuffled' draws prompts; write mi.Ablation('resample-shuffled', seed=0)")
         if self.steps < 0:
             raise EditError(f"steps={self.steps}: give the number of steps of the fit, 0 for the mean itself")
 
