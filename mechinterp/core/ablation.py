@@ -84,10 +84,10 @@ class Ablation:
     >>> toy = mi.toys.induction()
     >>> mean = mi.Ablation("mean-pos")
     >>> mean.values(toy.model, toy.task, "L0.z")["L0.H3.z"].shape
-    torch.Size([32, 11, 28])
+    torch.Size([32, 13, 28])
     >>> run = mi.run(toy.model, toy.task, edits=[mean.edit(toy.model, toy.task, "L0.H3.z")])
     >>> mi.run_circuits(toy.model, toy.task, [toy.truth["mean"]], ablation=mean)
-    CircuitRuns: logit_diff, clean 11.994, corrupt -11.994, 1 circuits 11.994; mean-pos ablation of everything -0.000
+    CircuitRuns: logit_diff, clean 5.539, corrupt -5.539, 1 circuits 5.539; mean-pos ablation of everything 0.168
     """
 
     kind: str = "resample"
@@ -217,7 +217,8 @@ class Ablation:
         if self.kind == "optimal":
             words.append(f"{self.steps} steps")
         if self.reference is not None and self.kind not in ("zero", "resample"):
-            words.append(f"over {getattr(self.reference, 'name', 'tokens')}, {len(tokens_of(self.reference)[0])} prompts")
+            name = "tokens" if isinstance(self.reference, Tensor) else getattr(self.reference, "name", "prompts")
+            words.append(f"over {name}, {len(tokens_of(self.reference)[0])} prompts")
         return ", ".join(words)
 
     def __repr__(self) -> str:
