@@ -81,7 +81,7 @@ def test_the_planted_constant_is_found(setting: Any) -> None:
     rows = [task.clean, task.answer_pos, [site]]
     loss = [answer_change(model, *rows, [value[:, None]]).item() for value in (mean, best, true)]
     assert loss[2] == pytest.approx(0, abs=1e-6)
-    assert loss[1] < 1e-3 * loss[0]
+    assert loss[1] < 1e-2 * loss[0]
     assert loss[0] > 0.05
     # What the logits see of it is the planted constant, too.
     assert (best - true).norm() < 0.7 * (mean - true).norm()

@@ -128,6 +128,14 @@ def test_few_prompts_are_counted_out(drawn: Tensor, n: int) -> None:
         assert p >= 2 ** (1 - n)
 
 
+def test_rounding_does_not_tell_equal_means_apart() -> None:
+    # Some of them cancel, so that flipping these gives the same sum, but for the last bit.
+    whole = (-6, -7, 1, 6, 8, -6, 2)
+    found = effects(torch.tensor([whole], dtype=torch.float64) / 10).p_values(seed=0)
+    sums = [abs(sum(sign * x for sign, x in zip(signs, whole, strict=True))) for signs in product((1, -1), repeat=7)]
+    assert found.item() == sum(each >= abs(sum(whole)) for each in sums) / 128
+
+
 def test_the_exact_test_is_scipys(drawn: Tensor) -> None:
     from scipy.stats import permutation_test
 
