@@ -16,20 +16,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechinterp import tasks as tasks
     from mechinterp import toys as toys
+    from mechinterp.core.ablation import Ablation as Ablation
     from mechinterp.core.audit import Audit as Audit
     from mechinterp.core.audit import audit as audit
     from mechinterp.core.edits import Add as Add
     from mechinterp.core.edits import Call as Call
+    from mechinterp.core.edits import Clamp as Clamp
     from mechinterp.core.edits import Edit as Edit
+    from mechinterp.core.edits import Freeze as Freeze
+    from mechinterp.core.edits import Mean as Mean
+    from mechinterp.core.edits import Noise as Noise
     from mechinterp.core.edits import Project as Project
     from mechinterp.core.edits import Replace as Replace
+    from mechinterp.core.edits import Resample as Resample
     from mechinterp.core.edits import Scale as Scale
+    from mechinterp.core.edits import Swap as Swap
     from mechinterp.core.edits import Zero as Zero
     from mechinterp.core.edits import edit_from_json as edit_from_json
     from mechinterp.core.effects import Effects as Effects
     from mechinterp.core.hooks import HookRegistry as HookRegistry
     from mechinterp.core.model import Model as Model
     from mechinterp.core.plan import Plan as Plan
+    from mechinterp.core.reference import deviation as deviation
     from mechinterp.core.run import Cache as Cache
     from mechinterp.core.run import Run as Run
     from mechinterp.core.run import run as run
@@ -59,12 +67,29 @@ if TYPE_CHECKING:
     from mechinterp.zoo import load as load
 
 _HOMES = {
+    "core.ablation": ("Ablation",),
     "core.audit": ("Audit", "audit"),
-    "core.edits": ("Add", "Call", "Edit", "Project", "Replace", "Scale", "Zero", "edit_from_json"),
+    "core.edits": (
+        "Add",
+        "Call",
+        "Clamp",
+        "Edit",
+        "Freeze",
+        "Mean",
+        "Noise",
+        "Project",
+        "Replace",
+        "Resample",
+        "Scale",
+        "Swap",
+        "Zero",
+        "edit_from_json",
+    ),
     "core.effects": ("Effects",),
     "core.hooks": ("HookRegistry",),
     "core.model": ("Model",),
     "core.plan": ("Plan",),
+    "core.reference": ("deviation",),
     "core.run": ("Cache", "Run", "run"),
     "core.select": ("Selection", "select"),
     "core.sites": ("Site",),

@@ -34,7 +34,7 @@ def attribute(
     at: str | Site | Selection | None = None,
     *,
     unit: Literal["node", "edge"] = "node",
-    steps: int | Sequence[float] = 0,
+    steps: int | Sequence[int | float] = 0,
     over: Sequence[str] | None = None,
     metric: MetricLike = None,
     direction: Direction = "noise",

@@ -21,7 +21,7 @@ __all__ = ["EMBED", "check_gradient", "gradients", "path_points"]
 EMBED = Site("resid_pre", 0)
 
 
-def path_points(steps: int | Sequence[float]) -> tuple[float, ...]:
+def path_points(steps: int | Sequence[int | float]) -> tuple[float, ...]:
     """Where on the line from the receiving run (0) to the other run (1) gradients are taken.
 
     ``steps=0`` is plain attribution patching: the gradient at the receiving run. ``steps=m`` takes the midpoints
