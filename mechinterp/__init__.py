@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from mechinterp.patching.activation import patch as patch
     from mechinterp.patching.activation import plan as plan
     from mechinterp.patching.attribution import attribute as attribute
+    from mechinterp.patching.edges import edge_effects as edge_effects
+    from mechinterp.patching.edges import plan_edges as plan_edges
     from mechinterp.tasks import Metric as Metric
     from mechinterp.tasks import Task as Task
     from mechinterp.zoo import load as load
@@ -101,6 +103,7 @@ _HOMES = {
     "graph": ("Circuit", "Diagram", "Edge", "GraphShape", "computation_graph", "draw", "random_edges"),
     "patching.activation": ("patch", "plan"),
     "patching.attribution": ("attribute",),
+    "patching.edges": ("edge_effects", "plan_edges"),
     "tasks": ("Metric", "Task"),
     "zoo": ("load",),
 }

@@ -219,10 +219,16 @@ class Model:
 
     def attention_adds(self, layer: int, z: Tensor) -> Tensor:
         """What attention adds to the stream ``[batch pos d_model]`` for these head outputs z ``[batch pos head d_head]``."""
-        block = self.block(layer)
-        out = block.attn.o.original_component(z.flatten(start_dim=2))
-        after = getattr(block, "ln1_post", None)
-        return out if after is None else after.original_component(out)
+        return self.attention_passes(layer, self.attention_sums(layer, z))
+
+    def attention_sums(self, layer: int, z: Tensor) -> Tensor:
+        """The heads' outputs, summed, and the output bias; before a norm that they may have to pass."""
+        return self.block(layer).attn.o.original_component(z.flatten(start_dim=2))
+
+    def attention_passes(self, layer: int, summed: Tensor) -> Tensor:
+        """What is left of the sum after the norm between attention and the stream; the sum itself where there is none."""
+        after = getattr(self.block(layer), "ln1_post", None)
+        return summed if after is None else after.original_component(summed)
 
     def mlp_adds(self, layer: int, stream: Tensor) -> Tensor:
         """What the MLP adds to the stream when it reads ``stream`` ``[batch pos d_model]``, before its norm."""

@@ -98,6 +98,7 @@ class Plan:
     flops_full: float
     peak_bytes: int
     batches: tuple[_Batch, ...] = field(repr=False)
+    replayed_sites: tuple[Site, ...] = field(repr=False)
 
     @property
     def full(self) -> int:
@@ -189,6 +190,9 @@ def plan_cells(
         flops_full=len(cells) * batch * _flops(model, length, 0, model.cfg.n_layers, unembedded=float(length)),
         peak_bytes=peak,
         batches=tuple(batches),
+        replayed_sites=tuple(
+            dict.fromkeys(site.whole for part in batches if part.start is not None for i in part.cells for site in cells[i])
+        ),
     )
 
 
@@ -245,6 +249,8 @@ def sweep(
 
     Parameters
     ----------
+    cells
+        Read when they are run: a sequence that makes each cell when it is asked for need not hold them all.
     base
         What is put into every run, the receiving one included (a corruption by noise).
 
@@ -258,10 +264,7 @@ def sweep(
     -----
     Where memory runs out, the pass is halved and repeated.
     """
-    recording = None
-    if any(part.start is not None for part in plan.batches):
-        replayed = (site for part in plan.batches if part.start is not None for i in part.cells for site, _ in cells[i])
-        recording = record(model, tokens, dict.fromkeys(replayed), positions=positions, base=base)
+    recording = record(model, tokens, plan.replayed_sites, positions=positions, base=base) if plan.replayed else None
     with progress_bar(len(cells), label, show=progress) as bar:
         bar.update(plan.unchanged)
         for part in plan.batches:

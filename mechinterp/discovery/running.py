@@ -81,7 +81,8 @@ def run_circuits(
     """What is left of the behaviour when everything outside each circuit is ablated?
 
     Every reader v reads in_v = sum of the current writers + sum over edges (u, v) outside the circuit of
-    (ablated_u - current_u), where current_u is what u writes *in this run*; the norm is recomputed on that. The full graph
+    (ablated_u - current_u), where current_u is what u writes *in this run*; the norm is recomputed on that. Where the heads'
+    sum passes a norm before it is added (Gemma 2), v hears that norm of the sum with the ablated heads put in. The full graph
     gives the clean run under every ablation. The empty one gives everything ablated: under "resample" the corrupt run, else
     the logits of the sum of all writers' ablated values (and of what no node writes, such as attention biases).
 
@@ -222,6 +223,8 @@ def _run_packed(runs: Comparison, layout: Layout, outside: Tensor, ablated: Tens
     width = model.cfg.d_model
     # ablated_u - current_u, filled in as the forward pass reaches each writer.
     missing = ablated.new_zeros(n, *ablated.shape)
+    # What heads sum to before a norm that they pass together, of each layer.
+    summed: dict[int, Tensor] = {}
     registry = HookRegistry(model)
 
     def note(writers: slice, value: Tensor) -> None:
@@ -239,6 +242,8 @@ def _run_packed(runs: Comparison, layout: Layout, outside: Tensor, ablated: Tens
 
         def act(value: Tensor) -> Tensor:
             note(layout.head_writers(layer), torch.einsum("bphd,hdm->bphm", value[:, start:], weight))
+            if model.cfg.post_norm:
+                summed[layer] = rearrange(model.attention_sums(layer, value[:, start:]), "(n b) p m -> n b 1 p m", n=n)
             return value
 
         return act
@@ -250,7 +255,21 @@ def _run_packed(runs: Comparison, layout: Layout, outside: Tensor, ablated: Tens
         first, last = groups[0].readers.start, groups[-1].readers.stop
         n_writers = groups[0].n_writers
         weights = outside[:, None, first:last, :n_writers].to(ablated.dtype)
-        return rearrange(torch.matmul(weights, missing[:, :, :n_writers]), "n b r (p m) -> (n b) p r m", m=width)
+        if not model.cfg.post_norm:
+            return rearrange(torch.matmul(weights, missing[:, :, :n_writers]), "n b r (p m) -> (n b) p r m", m=width)
+        # Heads are summed and normed together: what a reader misses is the difference of two normed sums.
+        weights = weights.clone()
+        through_norms = missing.new_zeros(())
+        for layer, current in summed.items():
+            heads = layout.head_writers(layer)
+            if heads.stop <= n_writers:
+                cut = rearrange(torch.matmul(weights[..., heads], missing[:, :, heads]), "n b r (p m) -> n b r p m", m=width)
+                through_norms = (
+                    through_norms + model.attention_passes(layer, current + cut) - model.attention_passes(layer, current)
+                )
+                weights[..., heads] = 0
+        direct = rearrange(torch.matmul(weights, missing[:, :, :n_writers]), "n b r (p m) -> n b r p m", m=width)
+        return rearrange(direct + through_norms, "n b r p m -> (n b) p r m")
 
     def read(group: ReaderGroup, together: list[ReaderGroup]) -> Callable[[Tensor], Tensor]:
         cut = bool(outside[:, group.readers.start : group.readers.stop, : group.n_writers].any())

@@ -20,7 +20,7 @@ from mechinterp.graph import GraphShape
 from mechinterp.patching.activation import Grid, grid_of
 from mechinterp.patching.compare import Comparison, Direction, MetricLike, compare_runs, unit_of
 from mechinterp.patching.gradients import EMBED, check_gradient, gradients, path_points
-from mechinterp.patching.readers import Layout, ReaderGroup, layout_of
+from mechinterp.patching.readers import Layout, ReaderGroup, head_changes, layout_of
 from mechinterp.tasks import Task
 
 __all__ = ["attribute"]
@@ -76,8 +76,6 @@ def attribute(
     ------
     MetricError
         The metric has no gradient, or (KL at the clean run) it vanishes there.
-    ModelError
-        Edges of a model that normalises outputs before adding them.
 
     Notes
     -----
@@ -263,8 +261,8 @@ def written_difference(runs: Comparison, layout: Layout, start: int) -> Tensor:
     difference[:, 0] = gap(EMBED).reshape(batch, -1)
     for layer in range(layout.shape.n_layers):
         # z is d_head wide where a head output is d_model wide, so it is z that is kept and projected here.
-        weight = runs.model.projection(layer, "o").weight.float()
-        heads = einsum(gap(Site("z", layer)), weight, "b p h d, h d m -> b p h m")
+        z = Site("z", layer)
+        heads = head_changes(runs.model, layer, runs.receiver[z][:, start:], runs.other[z][:, start:])
         difference[:, layout.head_writers(layer)] = rearrange(heads, "b p h m -> b h (p m)")
         if not layout.shape.attn_only:
             difference[:, layout.mlp_writer(layer)] = gap(Site("mlp_out", layer)).reshape(batch, -1)
