@@ -59,6 +59,7 @@ PUBLIC = [
     "run_circuits",
     "select",
     "tasks",
+    "token_positions",
     "toys",
 ]
 
