@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from inspect import signature
 from typing import Any
@@ -196,7 +196,8 @@ class Model:
             # Falcon, Phi and GPT-J share one norm between attention and MLP.
             norm = getattr(owner, "ln1", None)
         if norm is None:
-            raise SiteError(f"{self.name} ({self.cfg.architecture}) has no norm in front of {which}")
+            # Blocks that norm what they add, and nothing else, read the stream itself (OLMo 2).
+            return nn.Identity()
         return norm.original_component
 
     def projection(self, layer: int, which: str) -> Projection:
@@ -226,11 +227,22 @@ class Model:
 
     def mlp_adds(self, layer: int, stream: Tensor) -> Tensor:
         """What the MLP adds to the stream when it reads ``stream`` ``[batch pos d_model]``, before its norm."""
-        block = self.block(layer)
-        has_norm = getattr(block, "ln2", None) is not None or self.cfg.parallel
-        out = block.mlp(self.norm("mlp", layer)(stream) if has_norm else stream)
+        block, normed = self.block(layer), self.norm("mlp", layer)(stream)
+        whole = block.mlp.original_component
+        if whole is None or "residual" in signature(whole.forward).parameters:
+            # No module of its own (OPT), or one that adds the stream as well (Bloom): its parts in turn.
+            out = block.mlp.out(self._activation(layer)(getattr(block.mlp, "in")(normed)))
+        else:
+            out = block.mlp(normed)
+            out = out[0] if isinstance(out, tuple) else out
         after = getattr(block, "ln2_post", None)
         return out if after is None else after.original_component(out)
+
+    def _activation(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """The non-linearity of an MLP whose parts are called in turn."""
+        block = self.block(layer).original_component
+        found: Callable[[Tensor], Tensor] = block.activation_fn if hasattr(block, "activation_fn") else block.mlp.gelu_impl
+        return found
 
     def neurons_add(self, layer: int, neurons: Tensor) -> Tensor:
         """What the MLP adds to the stream for these neuron activations ``[batch pos d_mlp]``."""
@@ -241,8 +253,15 @@ class Model:
 
     def unembed(self, stream: Tensor) -> Tensor:
         """Logits ``[... vocab]`` of the last residual stream ``[... d_model]``, soft cap included."""
-        logits = self.bridge.unembed.original_component(self.norm("final")(stream))
-        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        project = getattr(self.bridge, "project_out", None)
+        stream = self.norm("final")(stream)
+        # OPT-350M embeds in fewer dimensions than it thinks.
+        logits = self.bridge.unembed.original_component(stream if project is None else project.original_component(stream))
+        config = self.hf.config
+        # Cohere multiplies its logits, Granite divides them, Gemma 2 caps them.
+        logits = logits * getattr(config, "logit_scale", None) if getattr(config, "logit_scale", None) else logits
+        logits = logits / config.logits_scaling if getattr(config, "logits_scaling", None) else logits
+        cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def cache_argument(self, layer: int) -> str:
