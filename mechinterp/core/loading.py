@@ -126,7 +126,7 @@ def _config(bridge: Any) -> ModelConfig:
         n_kv_heads=int(n_kv),
         d_model=given.d_model,
         d_head=given.d_head,
-        d_mlp=int(given.d_mlp or 4 * given.d_model),
+        d_mlp=_width(first) or int(given.d_mlp or 4 * given.d_model),
         d_vocab=given.d_vocab,
         n_ctx=int(getattr(hf, "max_position_embeddings", None) or getattr(hf, "n_positions", None) or given.n_ctx),
         norm="rms" if given.uses_rms_norm else "ln",
@@ -135,6 +135,16 @@ def _config(bridge: Any) -> ModelConfig:
         attn_only=all(_writes_nothing(block) for block in blocks),
         post_norm=hasattr(first, "ln1_post") or hasattr(first, "ln2_post"),
     )
+
+
+def _width(block: Any) -> int | None:
+    """How many neurons the MLP has, by the weights of its last projection; ``None`` of a mixture of experts."""
+    module = getattr(getattr(getattr(block, "mlp", None), "out", None), "original_component", None)
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return None
+    # Hugging Face's Conv1D (GPT-2) keeps [in out], torch's Linear [out in].
+    return int(weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1])
 
 
 def _writes_nothing(block: Any) -> bool:

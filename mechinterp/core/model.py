@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from inspect import signature
 from typing import Any
@@ -15,6 +15,9 @@ from mechinterp.core.sites import KINDS, Site
 from mechinterp.errors import ModelError, SiteError
 
 __all__ = ["Model", "ModelConfig"]
+
+# What Hugging Face calls the non-linearity of an MLP.
+_ACTIVATIONS = ("activation_fn", "act_fn", "gelu_impl", "act", "activation")
 
 
 @dataclass(frozen=True)
@@ -225,24 +228,27 @@ class Model:
         after = getattr(block, "ln1_post", None)
         return out if after is None else after.original_component(out)
 
+    def heads_add(self, layer: int, heads: Tensor) -> Tensor:
+        """What attention adds to the stream for these contributions of its heads ``[batch pos head d_model]``."""
+        block, out = self.block(layer), heads.sum(dim=2)
+        bias = getattr(block.attn.o.original_component, "bias", None)
+        out = out if bias is None else out + bias
+        after = getattr(block, "ln1_post", None)
+        return out if after is None else after.original_component(out)
+
     def mlp_adds(self, layer: int, stream: Tensor) -> Tensor:
         """What the MLP adds to the stream when it reads ``stream`` ``[batch pos d_model]``, before its norm."""
         block, normed = self.block(layer), self.norm("mlp", layer)(stream)
         whole = block.mlp.original_component
-        if whole is None or "residual" in signature(whole.forward).parameters:
-            # No module of its own (OPT), or one that adds the stream as well (Bloom): its parts in turn.
-            out = block.mlp.out(self._activation(layer)(getattr(block.mlp, "in")(normed)))
+        if block.mlp.name is None or "residual" in signature(whole.forward).parameters:
+            # No module of its own (OPT), or one that adds the stream as well (Bloom, MPT): its parts in turn.
+            activation = next(getattr(whole, name) for name in _ACTIVATIONS if hasattr(whole, name))
+            out = block.mlp.out(activation(getattr(block.mlp, "in")(normed)))
         else:
             out = block.mlp(normed)
             out = out[0] if isinstance(out, tuple) else out
         after = getattr(block, "ln2_post", None)
         return out if after is None else after.original_component(out)
-
-    def _activation(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """The non-linearity of an MLP whose parts are called in turn."""
-        block = self.block(layer).original_component
-        found: Callable[[Tensor], Tensor] = block.activation_fn if hasattr(block, "activation_fn") else block.mlp.gelu_impl
-        return found
 
     def neurons_add(self, layer: int, neurons: Tensor) -> Tensor:
         """What the MLP adds to the stream for these neuron activations ``[batch pos d_mlp]``."""

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from mechinterp.errors import SiteError, did_you_mean
 
-__all__ = ["KINDS", "Site", "SiteKind", "kind_of"]
+__all__ = ["KINDS", "Site", "SiteKind", "kind_of", "loses_positions"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,12 @@ KINDS: Mapping[str, SiteKind] = MappingProxyType(_kinds())
 LN2_IN = "blocks.{}.ln2.hook_in"
 MLP_IN = "blocks.{}.mlp.hook_in"
 ATTN_PROJECTED = "blocks.{}.attn.o.hook_out"
+
+
+def loses_positions(point: object) -> bool:
+    """Whether this hook point sees ``[(batch pos) ...]``: OPT flattens the stream around its MLP."""
+    # transformer_lens restores the axis for hooks of its own alone.
+    return type(getattr(point, "hook_conversion", None)).__name__ == "_UnflattenTokens"
 
 
 def kind_of(name: str) -> SiteKind:
