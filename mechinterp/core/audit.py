@@ -20,7 +20,8 @@ from mechinterp.errors import InertError, MechInterpError, SiteError
 
 __all__ = ["Audit", "audit"]
 
-LENGTH, POS = 5, 2
+# A position before the edited one, and one after.
+LENGTH, POS = 3, 1
 
 
 @dataclass(frozen=True)

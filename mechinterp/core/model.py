@@ -243,7 +243,8 @@ class Model:
         if block.mlp.name is None or "residual" in signature(whole.forward).parameters:
             # No module of its own (OPT), or one that adds the stream as well (Bloom, MPT): its parts in turn.
             activation = next(getattr(whole, name) for name in _ACTIVATIONS if hasattr(whole, name))
-            out = block.mlp.out(activation(getattr(block.mlp, "in")(normed)))
+            before = getattr(block.mlp, "in").original_component(normed)
+            out = block.mlp.out.original_component(activation(before))
         else:
             out = block.mlp(normed)
             out = out[0] if isinstance(out, tuple) else out
