@@ -65,7 +65,15 @@ def bridge_of(module: nn.Module, name: str) -> Any:
                 f"transformer_lens cannot wrap {type(module).__name__} ({config.model_type}): {error}. "
                 f"It wraps {len(known)} architectures. {_nearest(type(module).__name__, known)}"
             ) from error
-    _check_logits(plain[0], _tiny_logits(module, name), type(module).__name__)
+    try:
+        bridged = _tiny_logits(module, name)
+    except ModelError as error:
+        cause = error.__cause__
+        raise ModelError(
+            f"transformer_lens cannot run {type(module).__name__} in {plain[0].dtype}".replace("torch.", "")
+            + f" ({str(cause).splitlines()[0][:200]}); load it with dtype=torch.float32"
+        ) from cause
+    _check_logits(plain[0], bridged, type(module).__name__)
     object.__setattr__(module, "_mechinterp_bridge", bridge)
     return bridge
 

@@ -88,7 +88,11 @@ class PlainModel(Model):
             # The module behind may work in place, as ReLU(inplace=True) does.
             return hooked.clone()
 
-        return Place(site.whole, self.bridge.get_submodule(path), read, lambda hooked, old, new, kept: new)
+        def write(hooked: Tensor, old: Tensor, new: Tensor, kept: dict[str, Tensor]) -> Tensor:
+            # What is captured with its graph must not be overwritten either.
+            return new.clone() if torch.is_grad_enabled() else new
+
+        return Place(site.whole, self.bridge.get_submodule(path), read, write)
 
     def block(self, layer: int) -> Any:
         """There is none: `ModelError`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import mechinterp as mi
 from mechinterp.core.sites import KINDS, Site
+from mechinterp.errors import ModelError
 from tests.core.architectures import ARCHITECTURES, LAYERS, Paths, module_of
 
 CLOSE = 5e-6
@@ -222,7 +224,14 @@ def test_joint_norms_are_noted() -> None:
 
 
 def test_half_precision(tokens: Tensor) -> None:
-    for name in ("GPT-J", "OPT", "Falcon (40B)", "OLMo 2"):
+    for name in ("GPT-J", "OPT", "Falcon (40B)", "Qwen3"):
         exact = mi.load(module_of(name))
         half = mi.load(module_of(name), dtype=torch.bfloat16)
         assert half.sites == exact.sites, half.audit
+    # Its rotary embedding gives float32 queries there, which transformer_lens 4.3 multiplies with the values as they are.
+    message = (
+        "transformer_lens cannot run Olmo2ForCausalLM in bfloat16 (expected scalar type Float but found BFloat16); "
+        "load it with dtype=torch.float32"
+    )
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
+        mi.load(module_of("OLMo 2"), dtype=torch.bfloat16)
