@@ -16,7 +16,7 @@ from mechinterp.core.model import Model
 from mechinterp.core.run import run
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import KINDS, Site
-from mechinterp.errors import InertError, MechInterpError, SiteError
+from mechinterp.errors import InertError, MechInterpError
 
 __all__ = ["Audit", "audit"]
 
@@ -132,8 +132,8 @@ class _Auditor:
 
     def blame(self, law: Law, layer: int, off: float) -> None:
         reason = (
-            f"on {self.cfg.architecture} {law.text} does not hold: in layer {layer} it is off by {off:.1e} of the largest number, "
-            "so a norm, a scale or a gate stands between them that this name does not tell of"
+            f"on {self.cfg.architecture} {law.text} does not hold: in layer {layer} it is off by {off:.1e} of the largest "
+            "number, so a norm, a scale or a gate stands between them that this name does not tell of; use another of model.sites"
         )
         for name in law.blame:
             self.refused.setdefault(name, reason)
@@ -156,9 +156,8 @@ class _Auditor:
         # Some models embed in fewer dimensions than they think, and some pad their vocabulary.
         free = {"embed": "d_model", "logits": "vocab"}.get(site.name)
         if any(value.shape[i] != size[axis] for i, axis in enumerate(axes) if axis != free):
-            raise InertError(
-                f"{site} has shape {list(value.shape)} where {' '.join(axes)} are {[size[axis] for axis in axes]} on {c.architecture}"
-            )
+            wanted = f"{' '.join(axes)} are {[size[axis] for axis in axes]}"
+            raise InertError(f"{site} has shape {list(value.shape)} where {wanted} on {c.architecture}")
         if site.name != "scores" and not torch.isfinite(value).all():
             raise InertError(f"{site} holds values that are not finite")
 
@@ -196,15 +195,15 @@ class _Auditor:
     def check_edits(self, sites: list[Site], base: Mapping[Site, Tensor]) -> None:
         """Every site in turn is edited in a row of its own of one forward pass; the first row is as it is."""
         parts = [self.part(site) for site in sites]
-        edits, generator = [], torch.Generator().manual_seed(1)
-        for row, (site, part) in enumerate(zip(sites, parts, strict=True), start=1):
-            old = base[site][:1][_index(part)]
-            edits.append(Replace(part, old + _push(old, site, generator), rows=(row, row + 1)))
+        generator = torch.Generator().manual_seed(1)
+        olds = [base[site][:1][_index(part)] for site, part in zip(sites, parts, strict=True)]
+        news = [old + _push(old, site, generator) for old, site in zip(olds, sites, strict=True)]
+        edits = [Replace(part, new, rows=(i, i + 1)) for i, (part, new) in enumerate(zip(parts, news, strict=True), start=1)]
         values = self.capture(self.tokens[:1].repeat(len(sites) + 1, 1), self.sites(self.layers), edits)
         changes = {site: _Changes(site, value, self.tolerance) for site, value in values.items()}
         laws = [(layer, law, offs) for layer in self.layers for law, offs in self.violations(layer, values)]
-        for row, (part, edit) in enumerate(zip(parts, edits, strict=True), start=1):
-            problem = self.problem(part, edit, row, values, changes) or self.unlawful(part, row, laws)
+        for row, (part, new) in enumerate(zip(parts, news, strict=True), start=1):
+            problem = self.problem(part, new, row, values, changes) or self.unlawful(part, row, laws)
             if problem:
                 self.refused.setdefault(part.name, problem)
 
@@ -214,13 +213,10 @@ class _Auditor:
         neuron = 1 if site.name in ("mlp_pre", "mlp_post") else None
         return replace(site, pos=POS, head=None if size is None else min(1, size - 1), neuron=neuron)
 
-    def problem(
-        self, part: Site, edit: Replace, row: int, values: Mapping[Site, Tensor], changes: Mapping[Site, _Changes]
-    ) -> str:
+    def problem(self, part: Site, new: Tensor, row: int, values: Mapping[Site, Tensor], changes: Mapping[Site, _Changes]) -> str:
         """What is wrong with the edit of one part, in its row of a forward pass; empty if nothing."""
         site, where = part.whole, f"an edit of {part}"
-        assert isinstance(edit.value, Tensor)
-        if max(_offs(values[site][row : row + 1][_index(part)], edit.value)) > self.tolerance:
+        if max(_offs(values[site][row : row + 1][_index(part)], new)) > self.tolerance:
             return f"{where} is lost on {self.cfg.architecture}: the activation keeps its value"
         can_change = after(self.model).get(site.name, frozenset())
         for other, change in changes.items():
@@ -233,13 +229,16 @@ class _Auditor:
 
     def unlawful(self, part: Site, row: int, laws: list[tuple[int, Law, list[float]]]) -> str:
         for layer, law, offs in laws:
-            broken = part.name in law.broken and part.layer in (layer, None) or (law is CHAIN and part == self.part(Site("resid_pre", layer + 1)))
+            by_hand = part.name in law.broken and part.layer in (layer, None)
+            broken = by_hand or (law is CHAIN and part == self.part(Site("resid_pre", layer + 1)))
             if not broken and not offs[row] < self.tolerance:
-                return f"with {part} edited, {law.text} does not hold in layer {layer}: off by {offs[row]:.1e} of the largest number"
+                return (
+                    f"with {part} edited, {law.text} does not hold in layer {layer}: off by {offs[row]:.1e} of the largest number"
+                )
         return ""
 
     def free(self, site: Site, other: Site, can_change: frozenset[str]) -> str:
-        """What an edit of ``site`` may change of another one: ``"nothing"``, ``"head"``, ``"neuron"`` or ``"later"`` positions."""
+        """What an edit of ``site`` may change of another one: ``"nothing"``, a ``"head"`` or ``"neuron"``, or all ``"later"``."""
         if site == other:
             return "part"
         at, there = self.stage(site), self.stage(other)
@@ -268,7 +267,9 @@ class _Auditor:
             return [Site("scores", site.layer)]
         if site.name == "mlp_pre":
             return [Site("mlp_post", site.layer)]
-        return {"embed": [Site("resid_pre", 0)], "pos_embed": [Site("resid_pre", 0)], "final_norm": [Site("logits")]}.get(site.name, [])
+        return {"embed": [Site("resid_pre", 0)], "pos_embed": [Site("resid_pre", 0)], "final_norm": [Site("logits")]}.get(
+            site.name, []
+        )
 
     def reads_nothing(self, site: Site, values: Mapping[Site, Tensor]) -> bool:
         """A key of exactly zero meets every query alike, and the other way round; hand-made models have some."""
@@ -281,12 +282,16 @@ class _Auditor:
             if any(joint_norm(self.model, layer, port) for layer in self.layers):
                 for name in (port, f"{port}_in"):
                     if name in proved:
-                        found[name] = f"one norm spans the {port} of all heads, so an edit of one head's moves the others' scores too"
+                        found[name] = (
+                            f"one norm spans the {port} of all heads, so an edit of one head's moves the others' scores too"
+                        )
         return found
 
 
 # Not in the table, since it speaks of two layers.
-CHAIN = Law("resid_post = resid_pre of the next layer", (), (), ("resid_pre", "resid_post"), lambda model, layer, get: (get(""), get("")))
+CHAIN = Law(
+    "resid_post = resid_pre of the next layer", (), (), ("resid_pre", "resid_post"), lambda model, layer, get: (get(""), get(""))
+)
 
 
 def _layers(model: Model) -> list[int]:
@@ -303,7 +308,8 @@ def _layers(model: Model) -> list[int]:
 
 def _offs(left: Tensor, right: Tensor) -> list[float]:
     """The largest difference of each row, relative to the largest number in it; infinite where there is no number."""
-    left, right = torch.broadcast_tensors(tame(left), tame(right))
+    left, right = tame(left), tame(right)
+    right = right.expand_as(left)
     left, right = left.reshape(len(left), -1), right.reshape(len(right), -1)
     sizes = torch.maximum(left.abs().amax(1), right.abs().amax(1))
     offs = (left - right).abs().amax(1) / sizes.where(sizes > 0, torch.ones_like(sizes))
@@ -326,7 +332,10 @@ class _Changes:
         self.early = self.changed.narrow(position, 0, POS).flatten(1).any(1).tolist()
         self.across = {
             sort: self.changed.movedim(axis, 1).flatten(2).any(2).tolist()
-            for sort, axis in (("head", self.kind.axes.index(self.kind.head_axis) if self.kind.head_axis else None), ("neuron", -1))
+            for sort, axis in (
+                ("head", self.kind.axes.index(self.kind.head_axis) if self.kind.head_axis else None),
+                ("neuron", -1),
+            )
             if axis is not None
         }
 

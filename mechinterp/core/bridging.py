@@ -110,7 +110,7 @@ def open_attention(bridge: Any) -> None:
     from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
     for block in bridge.blocks:
-        attention = getattr(block, "attn", None)
+        attention: Any = getattr(block, "attn", None)
         if type(attention) is AttentionBridge:
             open_softmax(attention.original_component)
 
@@ -156,8 +156,7 @@ def _components(mapping: Mapping[str, Any], module: nn.Module, prefix: str) -> I
             wrapped = module.get_submodule(path)
         except AttributeError:
             continue
-        several = isinstance(wrapped, nn.ModuleList)
-        for each in [f"{path}.{i}" for i in range(len(wrapped))] if several else [path]:
+        for each in [f"{path}.{i}" for i in range(len(wrapped))] if isinstance(wrapped, nn.ModuleList) else [path]:
             if component.name:
                 yield each, key, component
             yield from _components(component.submodules, module, f"{each}." if each else "")

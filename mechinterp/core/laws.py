@@ -84,7 +84,7 @@ def after(model: Model) -> dict[str, frozenset[str]]:
         "mlp_pre": ("mlp_in",), "mlp_post": ("mlp_in", "mlp_pre"), "mlp_out": ("mlp_in", "mlp_post"),
         "resid_post": ("resid_pre", "attn_out", "mlp_out") + (() if model.cfg.parallel else ("resid_mid",)),
     }  # fmt: skip
-    found: dict[str, set[str]] = {"resid_pre": set()} | {name: set() for name in reads}
+    found: dict[str, set[str]] = {name: set() for name in ("resid_pre", *reads)}
     for name, sources in reads.items():
         # Sources come first in the table, so that one pass is enough.
         for other in found:

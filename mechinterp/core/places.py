@@ -119,7 +119,9 @@ def _final_norm(model: Model, site: Site) -> Place:
     try:
         return Place(site, model.point(str(KINDS[site.name].point)), _same, _put)
     except SiteError:
-        raise SiteError(f"{model.name} ({model.cfg.architecture}) has no norm after its last block; use the last resid_post") from None
+        raise SiteError(
+            f"{model.name} ({model.cfg.architecture}) has no norm after its last block; use the last resid_post"
+        ) from None
 
 
 def _square(model: Model, site: Site) -> Place:

@@ -84,7 +84,9 @@ class PlainModel(Model):
 
         def read(hooked: Tensor, kept: dict[str, Tensor]) -> Tensor:
             if not isinstance(hooked, Tensor):
-                raise EditError(f"{site.whole}: the module {path!r} gives {type(hooked).__name__}, not a tensor; name one that does")
+                raise EditError(
+                    f"{site.whole}: the module {path!r} gives {type(hooked).__name__}, not a tensor; name one that does"
+                )
             # The module behind may work in place, as ReLU(inplace=True) does.
             return hooked.clone()
 
@@ -148,9 +150,10 @@ def load_plain(module: nn.Module, sites: Named, example: Tensor, *, name: str | 
     kinds = {each: _kind(each, given, module) for each, given in sites.items()}
     if not kinds:
         raise ModelError("sites= names no activation; write sites={'hidden': ('path.of.module', ('batch', 'neuron'))}")
+    unknown = {each: (0,) * len(kind.axes) for each, kind in kinds.items()}
     cfg = PlainConfig(
-        architecture=type(module).__name__, n_layers=_layers(kinds, module), n_heads=0, n_kv_heads=0, d_model=0, d_head=0, d_mlp=0,
-        d_vocab=0, n_ctx=0, norm="", positional="", kinds=kinds, shapes={kind.name: (0,) * len(kind.axes) for kind in kinds.values()},
+        architecture=type(module).__name__, n_layers=_layers(kinds, module), n_heads=0, n_kv_heads=0, d_model=0, d_head=0,
+        d_mlp=0, d_vocab=0, n_ctx=0, norm="", positional="", kinds=kinds, shapes=unknown,
     )  # fmt: skip
     model = PlainModel(bridge=module, tokenizer=None, name=label, cfg=cfg)
     shapes = dict(cfg.shapes)
@@ -178,9 +181,8 @@ def _kind(name: str, given: Any, module: nn.Module) -> SiteKind:
         raise ModelError(f"site {name!r} has the axes {axes}; name each once, 'batch' first")
     paths = [path for path, _ in module.named_modules()]
     if path.format(0) not in paths:
-        raise ModelError(
-            f"site {name!r}: {type(module).__name__} has no submodule {path.format(0)!r}. {did_you_mean(path, filter(None, paths))}"
-        )
+        near = did_you_mean(path, filter(None, paths))
+        raise ModelError(f"site {name!r}: {type(module).__name__} has no submodule {path.format(0)!r}. {near}")
     return SiteKind(name, axes, path, f"output of {path or 'the whole module'}")
 
 

@@ -241,7 +241,9 @@ def _heads(match: re.Match[str], kind: SiteKind, term: str, words: _Words) -> li
     kinds = [own for own, _ in words.own] or list(KINDS.values())
     if wanted is None:
         per_head = [other.name for other in kinds if other.head_axis]
-        raise SelectorError(f"{kind.name!r} is not split by head in {term!r}; per head there are: {', '.join(per_head) or 'none'}")
+        raise SelectorError(
+            f"{kind.name!r} is not split by head in {term!r}; per head there are: {', '.join(per_head) or 'none'}"
+        )
     size = words.size(kind, kind.axes.index(kind.head_axis or ""))
     counts = dict(words.sizes)
     # Without grouped queries a KV head and a head are the same thing, and people write H.
@@ -292,7 +294,7 @@ def _positions(text: str | None, term: str, aside: list[str]) -> list[int | str 
             if int(bounds[1]) >= last:
                 raise SelectorError(f"the range {part} in {term!r} is empty; write the smaller position first")
             found.extend(range(int(bounds[1]), last))
-        elif part and not {":", "*", "\0"} & set(part):
+        elif part and not {":", "*", "\0"} & set(part) and not is_token_text(part):
             found.append(part)
         else:
             part = re.sub(r"\0(\d+)\0", lambda number: aside[int(number[1])], part)

@@ -44,7 +44,7 @@ class _Opened(TorchFunctionMode):
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if not (self.opened_scores._forward_hooks or self.opened_pattern._forward_hooks):
         return self.closed_forward(*args, **kwargs)
-    stream = kwargs.get("hidden_states", args[0] if args else None)
+    stream: Any = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     with _Opened(self, stream.dtype):
         return self.closed_forward(*args, **kwargs)
 

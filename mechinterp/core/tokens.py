@@ -26,10 +26,8 @@ class TokenPositions(Mapping[str, Tensor]):
         self._found: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self.named:
+        if name in self.named or not is_token_text(name):
             return self.named[name]
-        if not is_token_text(name):
-            raise KeyError(name)
         if name not in self._found:
             self._found[name] = self._find(name)
         return self._found[name]
@@ -53,7 +51,7 @@ class TokenPositions(Mapping[str, Tensor]):
                 f"{self.model.name} has no tokenizer, so no token has a text: give positions as numbers, or "
                 "mi.load(..., tokenizer=tokenizer)"
             )
-        ids = [int(each) for each in self.ids.unique() if _is(tokenizer.decode([int(each)]), text)]
+        ids = [each for each in set(self.ids.flatten().tolist()) if _is(tokenizer.decode([each]), text)]
         there = torch.isin(self.ids, torch.tensor(ids, dtype=self.ids.dtype, device=self.ids.device))
         counts = there.sum(dim=1)
         nth = None if match["nth"] is None else int(match["nth"])

@@ -77,45 +77,64 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Gemma 2": Architecture(lambda hf: hf.Gemma2Config(**GEMMA), "Gemma2ForCausalLM", _POST),
     "Gemma 3": Architecture(
         lambda hf: hf.Gemma3TextConfig(**GEMMA, layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2)),
-        "Gemma3ForCausalLM", _POST,
-    ),  # fmt: skip
+        "Gemma3ForCausalLM",
+        _POST,
+    ),
     "GPT-NeoX (Pythia)": Architecture(lambda hf: hf.GPTNeoXConfig(**SIZES), "GPTNeoXForCausalLM", _NEOX),
     "GPT-NeoX, sequential": Architecture(
         lambda hf: hf.GPTNeoXConfig(**SIZES, use_parallel_residual=False), "GPTNeoXForCausalLM", _NEOX
     ),
     "GPT-J": Architecture(
-        lambda hf: hf.GPTJConfig(**GPT, rotary_dim=4), "GPTJForCausalLM",
+        lambda hf: hf.GPTJConfig(**GPT, rotary_dim=4),
+        "GPTJForCausalLM",
         Paths("transformer.h", "attn.out_proj", "mlp.fc_out", "attn", "mlp", "transformer.ln_f", "transformer.wte"),
-    ),  # fmt: skip
+    ),
     "GPT-Neo": Architecture(
         lambda hf: hf.GPTNeoConfig(
-            num_layers=LAYERS, num_heads=4, hidden_size=32, max_position_embeddings=32,
-            attention_types=[[["global", "local"], LAYERS // 2]], window_size=3, **IDS,
+            num_layers=LAYERS,
+            num_heads=4,
+            hidden_size=32,
+            max_position_embeddings=32,
+            attention_types=[[["global", "local"], LAYERS // 2]],
+            window_size=3,
+            **IDS,
         ),
         "GPTNeoForCausalLM",
         Paths("transformer.h", "attn.attention.out_proj", "mlp.c_proj", "attn", "mlp", "transformer.ln_f", "transformer.wte"),
-    ),  # fmt: skip
+    ),
     "OPT": Architecture(lambda hf: hf.OPTConfig(**OPT, word_embed_proj_dim=32), "OPTForCausalLM", _OPT),
     "OPT-350M (norm after)": Architecture(
-        lambda hf: hf.OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False), "OPTForCausalLM",
+        lambda hf: hf.OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
+        "OPTForCausalLM",
         Paths(_OPT.blocks, _OPT.o, _OPT.out, _OPT.attn, _OPT.mlp, None, _OPT.embed),
-    ),  # fmt: skip
+    ),
     "Bloom": Architecture(
-        lambda hf: hf.BloomConfig(n_layer=LAYERS, n_head=4, hidden_size=32, **IDS), "BloomForCausalLM",
-        Paths("transformer.h", "self_attention.dense", "mlp.dense_4h_to_h", "self_attention.dense", "mlp.dense_4h_to_h",
-              "transformer.ln_f", "transformer.word_embeddings"),
-    ),  # fmt: skip
+        lambda hf: hf.BloomConfig(n_layer=LAYERS, n_head=4, hidden_size=32, **IDS),
+        "BloomForCausalLM",
+        Paths(
+            "transformer.h",
+            "self_attention.dense",
+            "mlp.dense_4h_to_h",
+            "self_attention.dense",
+            "mlp.dense_4h_to_h",
+            "transformer.ln_f",
+            "transformer.word_embeddings",
+        ),
+    ),
     "Falcon (7B)": Architecture(lambda hf: hf.FalconConfig(**FALCON, multi_query=True), "FalconForCausalLM", _FALCON),
     "Falcon (40B)": Architecture(
         lambda hf: hf.FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2), "FalconForCausalLM", _FALCON
     ),
     "Falcon (RW)": Architecture(
-        lambda hf: hf.FalconConfig(**FALCON, multi_query=False, parallel_attn=False, alibi=True, bias=True), "FalconForCausalLM", _FALCON
+        lambda hf: hf.FalconConfig(**FALCON, multi_query=False, parallel_attn=False, alibi=True, bias=True),
+        "FalconForCausalLM",
+        _FALCON,
     ),
     "Phi": Architecture(
-        lambda hf: hf.PhiConfig(**SIZES, tie_word_embeddings=False), "PhiForCausalLM",
+        lambda hf: hf.PhiConfig(**SIZES, tie_word_embeddings=False),
+        "PhiForCausalLM",
         Paths("model.layers", "self_attn.dense", "mlp.fc2", "self_attn", "mlp", "model.final_layernorm", "model.embed_tokens"),
-    ),  # fmt: skip
+    ),
     "Phi-3": Architecture(lambda hf: hf.Phi3Config(**GROUPED), "Phi3ForCausalLM", _llama()),
     "OLMo": Architecture(lambda hf: hf.OlmoConfig(**GROUPED), "OlmoForCausalLM", _llama()),
     "OLMo 2": Architecture(lambda hf: hf.Olmo2Config(**GROUPED), "Olmo2ForCausalLM", _POST),
@@ -126,8 +145,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Mixtral": Architecture(
         lambda hf: hf.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2), "MixtralForCausalLM", _llama(out=None)
     ),
-    "Cohere": Architecture(lambda hf: hf.CohereConfig(**(GROUPED | {"tie_word_embeddings": True})), "CohereForCausalLM", _llama()),
-}  # fmt: skip
+    "Cohere": Architecture(
+        lambda hf: hf.CohereConfig(**(GROUPED | {"tie_word_embeddings": True})), "CohereForCausalLM", _llama()
+    ),
+}
 
 
 def module_of(name: str, seed: int = 0) -> Any:

@@ -123,7 +123,7 @@ def leak(axis: int) -> Any:
     return {"write": write}
 
 
-NORM = "so a norm, a scale or a gate stands between them that this name does not tell of"
+NORM = "so a norm, a scale or a gate stands between them that this name does not tell of; use another of model.sites"
 LIES = [
     # An edit that is lost.
     (
@@ -144,7 +144,10 @@ LIES = [
     ),
     (
         "mlp_pre",
-        {"read": lambda place: lambda hooked, kept: hooked[..., :40], "write": lambda place: lambda hooked, old, new, kept: hooked},
+        {
+            "read": lambda place: lambda hooked, kept: hooked[..., :40],
+            "write": lambda place: lambda hooked, old, new, kept: hooked,
+        },
         r"L0.mlp_pre has shape \[2, 3, 40\] where batch pos d_mlp are \[2, 3, 128\] on GPT2LMHeadModel",
     ),
     ("mlp_pre", {"read": lambda place: lambda hooked, kept: hooked / 0}, "L0.mlp_pre holds values that are not finite"),
@@ -204,7 +207,11 @@ def test_what_the_hook_names_say_is_refused(twins_of: Callable[..., Any], monkey
     honest = places.place_of
 
     def place_of(model: Any, site: Any) -> Any:
-        return replace(honest(model, Site("mlp_in", site.layer)), site=site.whole) if site.name == "resid_mid" else honest(model, site)
+        return (
+            replace(honest(model, Site("mlp_in", site.layer)), site=site.whole)
+            if site.name == "resid_mid"
+            else honest(model, site)
+        )
 
     bridge = twins_of("gpt2").model.bridge
     monkeypatch.setattr("mechinterp.core.model.place_of", place_of)
@@ -226,7 +233,9 @@ def test_hooks_that_come_too_late_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
     def place_of(model: Any, site: Any) -> Any:
         place = honest(model, site)
-        return replace(place, point=model.point(str(site.kind.point), site.layer)) if site.name in ("scores", "pattern") else place
+        return (
+            replace(place, point=model.point(str(site.kind.point), site.layer)) if site.name in ("scores", "pattern") else place
+        )
 
     module = module_of("GPT-J")
     monkeypatch.setattr("mechinterp.core.model.place_of", place_of)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +62,24 @@ def test_what_is_proved(pair: tuple[str, Any, Any], tokens: Tensor) -> None:
     assert all(name in reason or ARCHITECTURES[name].model in reason for reason in model.audit.refused.values())
     with torch.no_grad():
         assert error(model(tokens), plain_logits(plain, tokens)) < CLOSE
+    # The table of the documentation says the same: python scripts/site_table.py writes it again.
+    page = (Path(__file__).parents[2] / "docs" / "sites.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+    marks = [cell.strip()[:1] for cell in row.split("|")[2:-1]]
+    assert marks == ["–" if site in expected else "✓" for site in KINDS]
+
+
+def test_the_table_is_made_by_its_script() -> None:
+    spec = importlib.util.spec_from_file_location("site_table", Path(__file__).parents[2] / "scripts" / "site_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    made = script.table(script.audits(["GPT-2", "OLMo 2"])).splitlines()
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert made[0] in page
+    assert made[2] in page
+    assert made[-1] in page.replace("10. ", "2. ")
 
 
 # -- the outside oracle ----------------------------------------------------------------------------
