@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from mechinterp.core.select import Selection as Selection
     from mechinterp.core.select import select as select
     from mechinterp.core.sites import Site as Site
+    from mechinterp.core.tokens import token_positions as token_positions
     from mechinterp.discovery.describe import HeadStory as HeadStory
     from mechinterp.discovery.describe import describe as describe
     from mechinterp.discovery.discover import discover as discover
@@ -95,6 +96,7 @@ _HOMES = {
     "core.run": ("Cache", "Run", "run"),
     "core.select": ("Selection", "select"),
     "core.sites": ("Site",),
+    "core.tokens": ("token_positions",),
     "discovery.describe": ("HeadStory", "describe"),
     "discovery.discover": ("discover",),
     "discovery.evaluate": ("Report", "evaluate"),

@@ -71,6 +71,7 @@ PUBLIC = [
     "run_circuits",
     "select",
     "tasks",
+    "token_positions",
     "toys",
 ]
 

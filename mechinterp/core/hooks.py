@@ -187,7 +187,7 @@ class HookRegistry:
         if site.head is not None:
             index[axes.index(site.kind.head_axis or "")] = site.head
         if site.neuron is not None:
-            index[-1] = site.neuron
+            index[site.kind.neuron_axis or -1] = site.neuron
         if site.pos is not None:
             axis = site.kind.pos_axis
             if axis is None:
@@ -271,7 +271,7 @@ class HookRegistry:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if me not in _ACTIVE.get():
                 return None
-            is_output = module is self.model.hf
+            is_output = module is self.model.hf and hasattr(output, "logits")
             tensor = output.logits if is_output else output
             # One for each site, shared by its steps: a place may note there what it wrote.
             noted: dict[Site, dict[str, Tensor]] = {}

@@ -15,6 +15,7 @@ from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.model import Model
 from mechinterp.core.select import Selection, resolve_position, select
 from mechinterp.core.sites import Site
+from mechinterp.core.tokens import token_positions
 from mechinterp.errors import SelectorError, SiteError, did_you_mean
 
 __all__ = ["Cache", "Prompts", "Run", "run", "tokens_of"]
@@ -70,7 +71,7 @@ class Cache(Mapping[Site, Tensor]):
         if site.head is not None:
             index[axes.index(site.kind.head_axis or "")] = site.head
         if site.neuron is not None:
-            index[-1] = site.neuron
+            index[site.kind.neuron_axis or -1] = site.neuron
         if site.pos is not None:
             axis = site.kind.pos_axis
             if axis is None:
@@ -139,9 +140,11 @@ class Run:
         return self.cache[key]
 
     def __repr__(self) -> str:
-        batch, pos = self.tokens.shape
+        batch, *rest = self.tokens.shape
         edits = f", {len(self.edits)} edits" if self.edits else ""
-        return f"Run: {batch} prompts of {pos} tokens{edits}, {len(self.cache.whole)} activations captured"
+        # What a plain module reads need not be tokens.
+        read = f"{batch} prompts of {rest[0]} tokens" if len(rest) == 1 else f"inputs {list(self.tokens.shape)}"
+        return f"Run: {read}{edits}, {len(self.cache.whole)} activations captured"
 
 
 def run(
@@ -194,7 +197,8 @@ def run(
     >>> [str(site) for site in out.cache]
     ['L0.H0.z', 'L1.H0.z']
     """
-    tokens, positions = tokens_of(prompts)
+    tokens, named = tokens_of(prompts)
+    positions = token_positions(model, tokens, named)
     edits = tuple(edits)
     kept: dict[Site, Tensor] = {}
     selection = Selection(()) if capture is None else select(capture, model.cfg)
