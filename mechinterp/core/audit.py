@@ -223,7 +223,7 @@ class _Auditor:
             if change.beyond(row, part, self.free(site, other, can_change), self.cfg.n_heads // self.cfg.n_kv_heads):
                 return f"{where} also changes {other}, where it must not"
         for effect in self.effects(site):
-            if effect in changes and not changes[effect].at_all[row] and not self.reads_nothing(site, values):
+            if effect in changes and not changes[effect].at_all[row] and not self.meets_nothing(part, values):
                 return f"{where} does not reach {effect} on {self.cfg.architecture}"
         return ""
 
@@ -271,10 +271,14 @@ class _Auditor:
             site.name, []
         )
 
-    def reads_nothing(self, site: Site, values: Mapping[Site, Tensor]) -> bool:
-        """A key of exactly zero meets every query alike, and the other way round; hand-made models have some."""
-        partner = {"q": "k", "k": "q"}.get(site.name)
-        return partner is not None and not bool(values.get(Site(partner, site.layer), torch.zeros(1)).any())
+    def meets_nothing(self, part: Site, values: Mapping[Site, Tensor]) -> bool:
+        """A query that meets keys of exactly zero scores zero whatever it is, and so on; hand-made models are full of these."""
+        group, head = self.cfg.n_heads // self.cfg.n_kv_heads, part.head or 0
+        if part.name == "q" and Site("k", part.layer) in values:
+            return not bool(values[Site("k", part.layer)][0, : POS + 1, head // group].any())
+        if part.name == "k" and Site("q", part.layer) in values:
+            return not bool(values[Site("q", part.layer)][0, POS:, head * group : (head + 1) * group].any())
+        return part.name == "mlp_pre" and self.cfg.attn_only
 
     def notes(self, proved: tuple[str, ...]) -> dict[str, str]:
         found = {}
