@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mechinterp.core.edits import Zero as Zero
     from mechinterp.core.edits import edit_from_json as edit_from_json
     from mechinterp.core.effects import Effects as Effects
+    from mechinterp.core.generate import Generation as Generation
+    from mechinterp.core.generate import generate as generate
     from mechinterp.core.hooks import HookRegistry as HookRegistry
     from mechinterp.core.model import Model as Model
     from mechinterp.core.run import Cache as Cache
@@ -60,6 +62,7 @@ _HOMES = {
     "core.audit": ("Audit", "audit"),
     "core.edits": ("Add", "Call", "Edit", "Project", "Replace", "Scale", "Zero", "edit_from_json"),
     "core.effects": ("Effects",),
+    "core.generate": ("Generation", "generate"),
     "core.hooks": ("HookRegistry",),
     "core.model": ("Model",),
     "core.run": ("Cache", "Run", "run"),

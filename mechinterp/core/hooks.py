@@ -12,8 +12,8 @@ What a `HookRegistry` promises:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -166,7 +166,7 @@ class HookRegistry:
         step = _Step(place, act, label, edit.priority)
         self._steps.append(step)
 
-    def capture(self, selection: Selection, into: dict[Site, Tensor], *, grad: bool = False) -> None:
+    def capture(self, selection: Selection, into: MutableMapping[Site, Tensor], *, grad: bool = False) -> None:
         """Keep the (edited) value of each selected activation in ``into``, whole, keyed by ``site.whole``."""
         for whole in dict.fromkeys(site.whole for site in selection):
             place = self.model.place(whole)
@@ -352,11 +352,8 @@ class HookRegistry:
         """Attached, and a forward pass inside ends as soon as every edit and capture has fired, without an answer."""
         self._may_stop = True
         try:
-            with self:
-                try:
-                    yield
-                except _AllDone:
-                    pass
+            with self, suppress(_AllDone):
+                yield
         finally:
             self._may_stop = False
 

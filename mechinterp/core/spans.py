@@ -78,7 +78,7 @@ class Span:
             return value
         shifts = torch.tensor([self.width - length for length in self.lengths], device=value.device)
         for axis, name in enumerate(site.kind.axes):
-            if name in ("pos", "q_pos") and self.token is None or name == "k_pos":
+            if (name in ("pos", "q_pos") and self.token is None) or name == "k_pos":
                 value = aligned(value, axis, -shifts if back else shifts)
         return value
 
@@ -112,7 +112,7 @@ class Span:
 
     def _absolute(self, row: int, pos: int, site: Site) -> int:
         length = self._length(row)
-        if -pos > length or pos >= length and not self.generating:
+        if -pos > length or (pos >= length and not self.generating):
             raise SelectorError(
                 f"{site}: there is no position {pos} in prompt {row}, which has {length} tokens; leave the prompt out with "
                 "rows=, or give each prompt its own position by a name"
