@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -18,7 +17,7 @@ from mechinterp.core.model import Model
 from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
 from mechinterp.core.spans import Span, part_of
-from mechinterp.core.store import mapped_file, replace_file
+from mechinterp.core.store import mapped_file, put_whole
 from mechinterp.errors import FileFormatError, SelectorError, SiteError, did_you_mean
 
 __all__ = ["Cache"]
@@ -121,30 +120,25 @@ class Cache(Mapping[Site, Tensor]):
         if target.suffix == ".safetensors":
             if target.is_dir():
                 raise FileFormatError(f"{target} is a folder; save to a path without .safetensors, or to a file in it")
-            part = target.with_name(f".{target.name}.{os.getpid()}.part")
             layout = {str(site): (tuple(value.shape), value.dtype) for site, value in self.whole.items()}
-            for name, tensor in mapped_file(part, layout, {"mechinterp": json.dumps(self.describe())}).items():
-                tensor.copy_(self.whole[select(name, self.model.cfg).sites[0]].detach())
-            os.replace(part, target)
+            with put_whole(target) as part:
+                for name, tensor in mapped_file(part, layout, {"mechinterp": json.dumps(self.describe())}).items():
+                    tensor.copy_(self.whole[select(name, self.model.cfg).sites[0]].detach())
             return target
         if target.exists() and not (target / _INDEX).exists() and (not target.is_dir() or any(target.iterdir())):
             raise FileFormatError(f"{target} is there already and is no cache of activations; choose another name")
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        part.mkdir(parents=True)
-        for site, value in self.whole.items():
-            layout = {"activation": (tuple(value.shape), value.dtype)}
-            mapped_file(part / f"{site}.safetensors", layout)["activation"].copy_(value.detach())
-        self.write_index(part)
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(part, target)
-        shutil.rmtree(old, ignore_errors=True)
+        with put_whole(target) as part:
+            part.mkdir(parents=True)
+            for site, value in self.whole.items():
+                layout = {"activation": (tuple(value.shape), value.dtype)}
+                mapped_file(part / f"{site}.safetensors", layout)["activation"].copy_(value.detach())
+            self.write_index(part)
         return target
 
     def write_index(self, folder: Path) -> None:
         """Say what the files in this folder are; without it they are not read."""
-        replace_file(folder / _INDEX, json.dumps(self.describe(), indent=1))
+        with put_whole(folder / _INDEX) as part:
+            part.write_text(json.dumps(self.describe(), indent=1), encoding="utf-8")
 
     def describe(self) -> dict[str, Any]:
         """Format, model, sites, positions and lengths, as plain data."""

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from mechinterp.core.sites import Site
 from mechinterp.errors import FileFormatError
 
-__all__ = ["Store", "mapped_file", "replace_file"]
+__all__ = ["Store", "mapped_file", "put_whole"]
 
 # What safetensors calls the dtypes that activations have.
 _NAMES = {
@@ -44,6 +45,9 @@ def mapped_file(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
+        if hasattr(os, "posix_fallocate"):
+            # A full disk is an error here; later it would end the process.
+            os.posix_fallocate(file.fileno(), 0, begin + stop)
         file.truncate(begin + stop)
     storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=begin + stop)
     tensors = {}
@@ -53,11 +57,26 @@ def mapped_file(
     return tensors
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole, or as it was."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+@contextmanager
+def put_whole(target: Path) -> Iterator[Path]:
+    """A path to write a file or folder to, which then takes the place of ``target`` at once; or goes, if that fails."""
+    part, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    try:
+        yield part
+        if target.is_dir():
+            os.replace(target, old)
+        try:
+            os.replace(part, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
+    finally:
+        for left in (part, old):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
 
 
 class Store(MutableMapping[Site, Tensor]):
