@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import count
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +36,19 @@ __all__ = ["HookRegistry", "active_registries", "block_calls", "foreign_hooks"]
 
 # Hooks are global to all threads, so each one asks whether its registry is active *here*.
 _ACTIVE: ContextVar[tuple[int, ...]] = ContextVar("mechinterp_active_registries", default=())
+_NUMBERS = count()
+# A generator that holds a registry may be closed in another context than it began in, and only this one is told then.
+_ATTACHED: set[int] = set()
+
+
+def _begin(number: int) -> None:
+    _ATTACHED.add(number)
+    _ACTIVE.set((*_ACTIVE.get(), number))
+
+
+def _end(number: int) -> None:
+    _ATTACHED.discard(number)
+    _ACTIVE.set(tuple(each for each in _ACTIVE.get() if each != number))
 
 
 @dataclass
@@ -109,6 +123,7 @@ class HookRegistry:
     # Of the next pass while generating: its spans, and which place of the sequence its tensors begin with.
     _spans: tuple[Span, ...] = field(default=(), repr=False)
     _offset: int = field(default=0, repr=False)
+    _number: int = field(default=-1, repr=False)
     _may_stop: bool = field(default=False, repr=False)
     _waiting: int = field(default=0, repr=False)
     _checked: set[Any] = field(default_factory=set, repr=False)
@@ -237,13 +252,13 @@ class HookRegistry:
     def _attached(self) -> Iterator[None]:
         handles: list[Any] = []
         kept: dict[tuple[int, str], Tensor] = {}
-        me = id(self)
+        self._number = me = next(_NUMBERS)
         self._forwards = 0
         self._checked.clear()
         for step in self._steps:
             step.fired = step.acted = 0
         # Hooks that others attached, and registries around this one, expect whole forward passes.
-        wanted = self._may_stop and not _ACTIVE.get() and not foreign_hooks(self.model)
+        wanted = self._may_stop and not active_registries() and not foreign_hooks(self.model)
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             if me in _ACTIVE.get():
@@ -256,11 +271,11 @@ class HookRegistry:
                 handles.append(self.model.hf.register_forward_pre_hook(begin, with_kwargs=True))
             for point, steps, keeps in self._by_point():
                 handles.append(point.register_forward_hook(self._hook(steps, keeps, kept)))
-            token = _ACTIVE.set((*_ACTIVE.get(), me))
+            _begin(me)
             try:
                 yield
             finally:
-                _ACTIVE.reset(token)
+                _end(me)
         finally:
             for handle in handles:
                 handle.remove()
@@ -282,7 +297,7 @@ class HookRegistry:
             yield point, steps.get(key, []), key in needed
 
     def _hook(self, steps: list[_Step], keeps: bool, kept: dict[Any, Tensor]) -> Callable[..., Any]:
-        me = id(self)
+        me = self._number
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if me not in _ACTIVE.get():
@@ -362,13 +377,13 @@ class HookRegistry:
 def block_calls(model: Model) -> Iterator[list[dict[str, Any]]]:
     """The keyword arguments with which the model calls each block, in order, during the forward pass inside."""
     calls: list[dict[str, Any]] = [{} for _ in range(model.cfg.n_layers)]
-    me = object()
-    token = _ACTIVE.set((*_ACTIVE.get(), id(me)))
+    me = next(_NUMBERS)
+    _begin(me)
     handles = []
 
     def note(layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if id(me) in _ACTIVE.get():
+            if me in _ACTIVE.get():
                 calls[layer] = dict(kwargs)
 
         return hook
@@ -378,14 +393,14 @@ def block_calls(model: Model) -> Iterator[list[dict[str, Any]]]:
             handles.append(model.block(layer).register_forward_pre_hook(note(layer), with_kwargs=True))
         yield calls
     finally:
-        _ACTIVE.reset(token)
+        _end(me)
         for handle in handles:
             handle.remove()
 
 
 def active_registries() -> int:
     """How many registries act on forward passes of this thread (and task) now."""
-    return len(_ACTIVE.get())
+    return sum(1 for number in _ACTIVE.get() if number in _ATTACHED)
 
 
 def foreign_hooks(model: Model) -> int:

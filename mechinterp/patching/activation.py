@@ -16,6 +16,7 @@ from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
 from mechinterp.errors import SelectorError, did_you_mean
 from mechinterp.patching.compare import Direction, MetricLike, compare_runs
+from mechinterp.patching.ends import own_ends
 from mechinterp.tasks import Task
 
 __all__ = ["Grid", "grid_of", "patch"]
@@ -154,6 +155,7 @@ def patch(
     >>> effects.axes
     ('layer', 'head')
     """
+    selector, (at, task) = at, own_ends(model, at, task)
     length = task.clean.shape[1]
     grid = grid_of(model, at, length, over)
     everything = Selection(tuple(dict.fromkeys(site for cell in grid.cells for site in cell)))
@@ -177,12 +179,12 @@ def patch(
         cells,
         read=runs.task.answer_pos,
         positions=runs.task.positions,
-        label=f"patch {at}",
+        label=f"patch {selector}",
         progress=progress,
     )
     for index, logits in results:
         flat[index] = ((runs.measure(logits) - received) / unit).float().cpu()
-    what = grid.site or (str(at) if len(str(at)) <= 40 else f"{len(cells)} sites")
+    what = grid.site or (str(selector) if len(str(selector)) <= 40 else f"{len(cells)} sites")
     return Effects(
         quantity=f"patching {what} ({direction})",
         axes=grid.axes,
@@ -192,7 +194,7 @@ def patch(
         provenance=runs.provenance(
             method="activation patching",
             site=grid.site,
-            at=str(at),
+            at=str(selector),
             normalized=normalize,
             forwards=2 + len(cells),
             plan=repr(plan),

@@ -1,0 +1,42 @@
+"""Positions from the end, where every prompt has an end of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mechinterp.core.model import Model
+from mechinterp.core.select import Selection, select
+from mechinterp.core.sites import Site
+from mechinterp.errors import SelectorError
+from mechinterp.tasks import Task
+
+__all__ = ["own_ends"]
+
+
+def own_ends(model: Model, at: str | Site | Selection, task: Task) -> tuple[str | Site | Selection, Task]:
+    """The same sites, with ``[-1]`` as a named position ``last`` of the task where its prompts differ in length (``last-1`` for ``[-2]``).
+
+    Raises
+    ------
+    SelectorError
+        A prompt has no such position; or the task has one of that name already.
+    """
+    lengths = task.lengths
+    sites = select(at, model.cfg).sites
+    numbers = sorted({site.pos for site in sites if isinstance(site.pos, int)})
+    if not numbers or int(lengths.min()) == task.clean.shape[1]:
+        return at, task
+    for pos in numbers:
+        missing = (lengths < (-pos if pos < 0 else pos + 1)).nonzero().flatten().tolist()
+        if missing:
+            raise SelectorError(
+                f"there is no position {pos} in prompt {missing[0]} of task {task.name!r}, which has {int(lengths[missing[0]])} "
+                "tokens; leave the prompt out, or give each prompt its own position by a name"
+            )
+    names = {pos: "last" if pos == -1 else f"last{pos + 1}" for pos in numbers if pos < 0}
+    taken = sorted(set(names.values()) & set(task.positions))
+    if taken:
+        raise SelectorError(f"task {task.name!r} has a position named {taken[0]!r}; say it by that name, or rename it")
+    named = [site.at(names[site.pos]) if isinstance(site.pos, int) and site.pos < 0 else site for site in sites]
+    ends = {name: lengths + pos for pos, name in names.items()}
+    return Selection(tuple(named)), replace(task, positions={**task.positions, **ends})
