@@ -14,7 +14,7 @@ __all__ = ["own_ends"]
 
 
 def own_ends(model: Model, at: str | Site | Selection, task: Task) -> tuple[str | Site | Selection, Task]:
-    """The same sites, with ``[-1]`` as a named position ``last`` of the task where its prompts differ in length (``last-1`` for ``[-2]``).
+    """The same sites; where prompts differ in length, ``[-1]`` is the named position ``last`` of the task, ``[-2]`` ``last-1``.
 
     Raises
     ------
