@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from mechinterp.core.edits import Zero as Zero
     from mechinterp.core.edits import edit_from_json as edit_from_json
     from mechinterp.core.effects import Effects as Effects
+    from mechinterp.core.generate import Generation as Generation
+    from mechinterp.core.generate import generate as generate
     from mechinterp.core.hooks import HookRegistry as HookRegistry
     from mechinterp.core.model import Model as Model
     from mechinterp.core.plan import Plan as Plan
@@ -89,6 +91,7 @@ _HOMES = {
         "edit_from_json",
     ),
     "core.effects": ("Effects",),
+    "core.generate": ("Generation", "generate"),
     "core.hooks": ("HookRegistry",),
     "core.model": ("Model",),
     "core.plan": ("Plan",),

@@ -300,7 +300,9 @@ def seeds(source: Source) -> Iterator[str]:
             yield source.at(node, f"{node.name}: seed is not keyword-only")
         for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
             # `mi.toys.induction()` is one fixed model, which its seed may vary.
-            if arg.arg == "seed" and default is not None and source.part != "toys":
+            # None is no seed: what draws refuses it.
+            silent = isinstance(default, ast.Constant) and default.value is None
+            if arg.arg == "seed" and default is not None and not silent and source.part != "toys":
                 yield source.at(node, f"{node.name}: seed has a default")
 
 

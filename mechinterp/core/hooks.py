@@ -12,28 +12,43 @@ What a `HookRegistry` promises:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import count
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mechinterp.core.claims import Claim, conflict
 from mechinterp.core.edits import Call, Edit
 from mechinterp.core.model import Model
 from mechinterp.core.places import Place
-from mechinterp.core.select import Selection, resolve_position, select
+from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
-from mechinterp.errors import EditError, InertError, SelectorError
+from mechinterp.core.spans import SCOPES, Scope, Span, part_of
+from mechinterp.errors import EditError, InertError, SelectorError, did_you_mean
 
 __all__ = ["HookRegistry", "active_registries", "block_calls", "foreign_hooks"]
 
 # Hooks are global to all threads, so each one asks whether its registry is active *here*.
 _ACTIVE: ContextVar[tuple[int, ...]] = ContextVar("mechinterp_active_registries", default=())
+_NUMBERS = count()
+# A generator that holds a registry may be closed in another context than it began in, and only this one is told then.
+_ATTACHED: set[int] = set()
+
+
+def _begin(number: int) -> None:
+    _ATTACHED.add(number)
+    _ACTIVE.set((*_ACTIVE.get(), number))
+
+
+def _end(number: int) -> None:
+    _ATTACHED.discard(number)
+    _ACTIVE.set(tuple(each for each in _ACTIVE.get() if each != number))
 
 
 @dataclass
@@ -45,15 +60,21 @@ class _Step:
     label: str
     priority: int
     fired: int = 0
+    # How often it changed something: while generating, the positions of an edit come in one pass of many.
+    acted: int = 0
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Claim:
-    """Which numbers an absolute edit sets."""
+    """An edit that sets numbers outright, of which no other may set the same."""
 
     site: Site
-    rows: tuple[int, int] | None
     edit: Edit
+    scope: Scope
+
+
+class _AllDone(BaseException):
+    """Ends a forward pass of which nothing more is wanted; not an `Exception`, which a model's own code might catch."""
 
 
 @dataclass(eq=False)
@@ -68,6 +89,8 @@ class HookRegistry:
         Named positions, a name to ``[batch]`` positions (``task.positions``), for selectors such as ``"L5.H1.z[S2]"``.
     partial
         Modules of the model are called alone inside the ``with`` block, each once, and not the model itself.
+    lengths
+        ``[batch]`` real tokens of each prompt, where they are padded on the right: ``[-1]`` is then the last real one.
 
     Raises
     ------
@@ -94,11 +117,19 @@ class HookRegistry:
 
     model: Model
     positions: Mapping[str, Tensor] = field(default_factory=dict)
+    lengths: Tensor | None = None
     partial: bool = False
     _steps: list[_Step] = field(default_factory=list, repr=False)
     _claims: dict[Site, list[_Claim]] = field(default_factory=dict, repr=False)
     _forwards: int = field(default=0, repr=False)
     _scopes: list[Any] = field(default_factory=list, repr=False)
+    # Of the next pass while generating: its spans, and which place of the sequence its tensors begin with.
+    _spans: tuple[Span, ...] = field(default=(), repr=False)
+    _offset: int = field(default=0, repr=False)
+    _number: int = field(default=-1, repr=False)
+    _may_stop: bool = field(default=False, repr=False)
+    _waiting: int = field(default=0, repr=False)
+    _checked: set[Any] = field(default_factory=set, repr=False)
 
     # -- declaring -----------------------------------------------------------------------------
 
@@ -109,8 +140,9 @@ class HookRegistry:
         *,
         rows: tuple[int, int] | None = None,
         priority: int = 0,
+        scope: Scope = "all",
     ) -> None:
-        """Add an edit, or ``function(value, site)`` at a selector.
+        """Add an edit, or ``function(value, site)`` at a selector; ``scope`` is for `mechinterp.generate`.
 
         Raises
         ------
@@ -119,6 +151,8 @@ class HookRegistry:
         EditError
             A selector without a function; or an edit together with what only a function takes.
         """
+        if scope not in SCOPES:
+            raise EditError(f"there is no scope {scope!r}. {did_you_mean(scope, SCOPES)}")
         if isinstance(edit, Edit):
             if function is not None or rows is not None or priority:
                 raise EditError(
@@ -129,26 +163,28 @@ class HookRegistry:
                 raise EditError(f"{edit!r} says where but not what; pass a function, or an edit such as mi.Zero({str(edit)!r})")
             edit = Call(edit, function, rows=rows, priority=priority)
         for site in select(edit.at, self.model.cfg):
-            self._add_edit(edit, site)
+            self._add_edit(edit, site, scope)
 
-    def _add_edit(self, edit: Edit, site: Site) -> None:
+    def _add_edit(self, edit: Edit, site: Site, scope: Scope) -> None:
         place = self.model.place(site)
+        label = f"{edit!r} at {site}"
         if edit.absolute:
-            self._claims.setdefault(site.whole, []).append(_Claim(site, edit.rows, edit))
+            self._claims.setdefault(site.whole, []).append(_Claim(site, edit, scope))
 
         def act(hooked: Tensor, kept: dict[str, Tensor]) -> Tensor:
             old = place.read(hooked, kept)
-            index = self._index(site, edit.rows, old)
-            part = old[index]
-            new_part = edit.apply(part, site)
-            _check_written(part, new_part, f"{edit!r} at {site}")
             new = old.clone()
-            new[index] = new_part
+            for span in self._now(old, site):
+                if edit.absolute:
+                    self._check_claims(site.whole, span, old.shape[0])
+                if span.within(scope) and _edit_span(edit, site, span, old, new, self):
+                    step.acted += 1
             return place.write(hooked, old, new, kept)
 
-        self._steps.append(_Step(place, act, f"{edit!r} at {site}", edit.priority))
+        step = _Step(place, act, label, edit.priority)
+        self._steps.append(step)
 
-    def capture(self, selection: Selection, into: dict[Site, Tensor], *, grad: bool = False) -> None:
+    def capture(self, selection: Selection, into: MutableMapping[Site, Tensor], *, grad: bool = False) -> None:
         """Keep the (edited) value of each selected activation in ``into``, whole, keyed by ``site.whole``."""
         for whole in dict.fromkeys(site.whole for site in selection):
             place = self.model.place(whole)
@@ -176,36 +212,30 @@ class HookRegistry:
 
         self._steps.append(_Step(place, rewrite, f"transform of {site}", priority))
 
-    def _index(self, site: Site, rows: tuple[int, int] | None, value: Tensor) -> tuple[Any, ...]:
-        """Where the part that ``site`` names lies in the whole value."""
-        axes = site.kind.axes
-        batch = value.shape[0]
+    # -- positions -----------------------------------------------------------------------------
+
+    def sees(self, spans: Iterable[Span], offset: int) -> None:
+        """What the next forward pass computes, for methods that feed a prompt in parts."""
+        self._spans, self._offset = tuple(spans), offset
+
+    def _now(self, value: Tensor, site: Site) -> tuple[Span, ...]:
+        """The spans of this forward pass."""
+        if self._spans:
+            return self._spans
+        axis = site.kind.pos_axis
+        width = 0 if axis is None else value.shape[axis]
+        lengths = None if self.lengths is None else tuple(self.lengths.tolist())
+        if lengths is not None and value.shape[0] % len(lengths):
+            raise SelectorError(f"{site}: lengths are given for {len(lengths)} prompts, the batch has {value.shape[0]}")
+        return (Span(lengths, width),)
+
+    def _rows(self, site: Site, rows: tuple[int, int] | None, batch: int) -> slice:
         if rows is not None and not 0 <= rows[0] < rows[1] <= batch:
             raise EditError(f"rows {rows} at {site} do not lie in a batch of {batch} prompts; write (first, stop)")
-        chosen: Any = slice(None) if rows is None else slice(*rows)
-        index: list[Any] = [chosen] + [slice(None)] * (len(axes) - 1)
-        if site.head is not None:
-            index[axes.index(site.kind.head_axis or "")] = site.head
-        if site.neuron is not None:
-            index[site.kind.neuron_axis or -1] = site.neuron
-        if site.pos is not None:
-            axis = site.kind.pos_axis
-            if axis is None:
-                raise SelectorError(f"{site} has no position axis")
-            pos = resolve_position(site.pos, value.shape[axis], self.positions, site)
-            if isinstance(pos, str):
-                every = torch.arange(batch, device=value.device)
-                index[0] = every[chosen]
-                index[axis] = self._named(pos, batch, site).to(value.device)[chosen]
-            else:
-                index[axis] = pos
-        return tuple(index)
-
-    def _named(self, name: str, batch: int, site: Site) -> Tensor:
-        where = self.positions[name]
-        if batch % where.shape[0]:
-            raise SelectorError(f"{site}: position {name!r} is given for {where.shape[0]} prompts, the batch has {batch}")
-        return where.repeat(batch // where.shape[0])
+        if isinstance(site.pos, str) and site.pos in self.positions and batch % len(self.positions[site.pos]):
+            given = len(self.positions[site.pos])
+            raise SelectorError(f"{site}: position {site.pos!r} is given for {given} prompts, the batch has {batch}")
+        return slice(0, batch) if rows is None else slice(*rows)
 
     # -- acting --------------------------------------------------------------------------------
 
@@ -223,28 +253,32 @@ class HookRegistry:
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
-        self._check_claims()
         handles: list[Any] = []
         kept: dict[tuple[int, str], Tensor] = {}
-        me = id(self)
+        self._number = me = next(_NUMBERS)
         self._forwards = int(self.partial)
+        self._checked.clear()
         for step in self._steps:
-            step.fired = 0
+            step.fired = step.acted = 0
+        # Hooks that others attached, and registries around this one, expect whole forward passes.
+        wanted = self._may_stop and not active_registries() and not foreign_hooks(self.model)
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             if me in _ACTIVE.get():
                 self._forwards += 1
+                self._waiting = len(self._steps) if wanted else -1
                 kept.clear()
 
         try:
-            handles.append(self.model.hf.register_forward_pre_hook(begin, with_kwargs=True))
+            if self._steps:
+                handles.append(self.model.hf.register_forward_pre_hook(begin, with_kwargs=True))
             for point, steps, keeps in self._by_point():
                 handles.append(point.register_forward_hook(self._hook(steps, keeps, kept)))
-            token = _ACTIVE.set((*_ACTIVE.get(), me))
+            _begin(me)
             try:
                 yield
             finally:
-                _ACTIVE.reset(token)
+                _end(me)
         finally:
             for handle in handles:
                 handle.remove()
@@ -266,7 +300,7 @@ class HookRegistry:
             yield point, steps.get(key, []), key in needed
 
     def _hook(self, steps: list[_Step], keeps: bool, kept: dict[Any, Tensor]) -> Callable[..., Any]:
-        me = id(self)
+        me = self._number
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if me not in _ACTIVE.get():
@@ -280,6 +314,10 @@ class HookRegistry:
                 names = {name: kept[id(point)] for name, point in step.place.needs}
                 result = step.act(tensor, noted.setdefault(step.place.site, names))
                 tensor = tensor if result is None else result
+            if self._waiting > 0 and steps:
+                self._waiting -= len(steps)
+                if not self._waiting:
+                    raise _AllDone
             if keeps:
                 kept[id(module)] = tensor
             if is_output:
@@ -289,14 +327,25 @@ class HookRegistry:
 
         return hook
 
-    def _check_claims(self) -> None:
-        for claims in self._claims.values():
-            for one, other in combinations(claims, 2):
-                if one.edit.priority == other.edit.priority and _overlap(one, other):
-                    raise EditError(
-                        f"{one.edit!r} and {other.edit!r} both set {one.site}; "
-                        "drop one, give them different rows, or say which comes last with priority="
-                    )
+    def _check_claims(self, whole: Site, span: Span, batch: int) -> None:
+        """Here and not on entering, since only now the positions are numbers: [4] and [-1] may be one of them."""
+        seen = (whole, batch, span.width, span.token)
+        if len(self._claims[whole]) < 2 or seen in self._checked:
+            return
+        self._checked.add(seen)
+        claims = []
+        for each in self._claims[whole]:
+            rows = self._rows(each.site, each.edit.rows, batch)
+            chosen = range(rows.start, rows.stop)
+            place = None if each.site.pos is None else span.locate(chosen, each.site.pos, self.positions, each.site)
+            if span.within(each.scope) and (each.site.pos is None or place is not None):
+                claims.append(Claim(each.site, chosen, place, each.edit))
+        if found := conflict(claims):
+            one, other = found
+            raise EditError(
+                f"{one.edit!r} and {other.edit!r} both set {one.site}; "
+                "drop one, give them different rows, or say which comes last with priority="
+            )
 
     def _check_fired(self) -> None:
         if not self._steps:
@@ -309,19 +358,35 @@ class HookRegistry:
                     f"{step.label} fired {step.fired} times in {self._forwards} forward passes of {self.model.name} "
                     f"({self.model.cfg.architecture}); this site does not act as its name says there. See model.audit"
                 )
+            if self._spans and step.priority != sys.maxsize and not step.acted:
+                last = self._spans[-1]
+                raise InertError(
+                    f"{step.label} was never reached: the longest prompt has {last.longest} tokens, and "
+                    f"{0 if last.token is None else last.token + 1} generated ones were read by the model (the last one never is)"
+                )
+
+    @contextmanager
+    def stopping_early(self) -> Iterator[None]:
+        """Attached, and a forward pass inside ends as soon as every edit and capture has fired, without an answer."""
+        self._may_stop = True
+        try:
+            with self, suppress(_AllDone):
+                yield
+        finally:
+            self._may_stop = False
 
 
 @contextmanager
 def block_calls(model: Model) -> Iterator[list[dict[str, Any]]]:
     """The keyword arguments with which the model calls each block, in order, during the forward pass inside."""
     calls: list[dict[str, Any]] = [{} for _ in range(model.cfg.n_layers)]
-    me = object()
-    token = _ACTIVE.set((*_ACTIVE.get(), id(me)))
+    me = next(_NUMBERS)
+    _begin(me)
     handles = []
 
     def note(layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if id(me) in _ACTIVE.get():
+            if me in _ACTIVE.get():
                 calls[layer] = dict(kwargs)
 
         return hook
@@ -331,14 +396,14 @@ def block_calls(model: Model) -> Iterator[list[dict[str, Any]]]:
             handles.append(model.block(layer).register_forward_pre_hook(note(layer), with_kwargs=True))
         yield calls
     finally:
-        _ACTIVE.reset(token)
+        _end(me)
         for handle in handles:
             handle.remove()
 
 
 def active_registries() -> int:
     """How many registries act on forward passes of this thread (and task) now."""
-    return len(_ACTIVE.get())
+    return sum(1 for number in _ACTIVE.get() if number in _ATTACHED)
 
 
 def foreign_hooks(model: Model) -> int:
@@ -367,15 +432,34 @@ def _check_written(old: Tensor, new: Any, label: str) -> None:
         )
 
 
-def _overlap(one: _Claim, other: _Claim) -> bool:
-    """Whether two claims on one activation share numbers. Positions from either end may be the same: then yes."""
-    if one.rows and other.rows and (one.rows[1] <= other.rows[0] or other.rows[1] <= one.rows[0]):
-        return False
-    for name in ("head", "neuron"):
-        first, second = getattr(one.site, name), getattr(other.site, name)
-        if first is not None and second is not None and first != second:
+def _edit_span(edit: Edit, site: Site, span: Span, old: Tensor, new: Tensor, registry: HookRegistry) -> bool:
+    """Write what an edit makes of ``old`` to ``new``, in one span; whether there was anything to do."""
+    rows = registry._rows(site, edit.rows, old.shape[0])
+    place = None
+    if site.pos is not None:
+        place = span.locate(range(rows.start, rows.stop), site.pos, registry.positions, site)
+        if place is None:
             return False
-    first, second = one.site.pos, other.site.pos
-    comparable = isinstance(first, int) and isinstance(second, int) and (first < 0) == (second < 0)
-    same_kind = comparable or (isinstance(first, str) and isinstance(second, str))
-    return not (same_kind and first != second)
+    index, here = part_of(site, rows, place, old.device)
+    cut = span.cut(site, registry._offset)
+    source = span.turn(old[cut], site)
+    part = source[index]
+    try:
+        changed = edit.apply(part, site)
+    except EditError as error:
+        if not span.generating or site.pos is not None:
+            raise
+        raise EditError(
+            f"{error}. While generating, an edit sees the prompt as a whole and then one token at a time: bring a vector [d], "
+            "say a position, or limit it with scope='prompt'"
+        ) from None
+    _check_written(part, changed, f"{edit!r} at {site}")
+    if here is not None:
+        changed = torch.where(here.reshape(-1, *[1] * (part.ndim - 1)), changed, part)
+    if source.shape == old.shape and not span.generating:
+        new[index] = changed
+    else:
+        turned = span.turn(new[cut], site).clone()
+        turned[index] = changed
+        new[cut] = span.turn(turned, site, back=True)
+    return True

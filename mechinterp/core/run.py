@@ -1,160 +1,86 @@
-"""One forward pass with edits and captures: tokens in, `Run` out."""
+"""One run with edits and captures: prompts in, `Run` out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from html import escape
-from typing import Any, Protocol, runtime_checkable
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mechinterp.core.edits import Edit
+from mechinterp.core.cache import Cache
+from mechinterp.core.edits import Edit, Project
 from mechinterp.core.hooks import HookRegistry
+from mechinterp.core.memory import bytes_of, free_bytes
 from mechinterp.core.model import Model
-from mechinterp.core.select import Selection, resolve_position, select
+from mechinterp.core.prompts import Batch, Prompts, Runnable, batch_of, tokens_of
+from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
+from mechinterp.core.store import Store
 from mechinterp.core.tokens import token_positions
-from mechinterp.errors import SelectorError, SiteError, did_you_mean
+from mechinterp.errors import EditError, SelectorError, SiteError
 
 __all__ = ["Cache", "Prompts", "Run", "run", "tokens_of"]
 
 
-@runtime_checkable
-class Prompts(Protocol):
-    """What the core needs of a task: its clean tokens and named positions."""
-
-    @property
-    def clean(self) -> Tensor: ...
-    @property
-    def positions(self) -> Mapping[str, Tensor]: ...
-
-
-def tokens_of(prompts: Tensor | Prompts) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Tokens ``[batch pos]`` and named positions of a tensor or a task (its clean prompts)."""
-    if isinstance(prompts, Tensor):
-        return (prompts.unsqueeze(0) if prompts.ndim == 1 else prompts), {}
-    return prompts.clean, prompts.positions
-
-
-@dataclass(frozen=True, eq=False)
-class Cache(Mapping[Site, Tensor]):
-    """The activations that a run kept.
-
-    Indexed by `Site` or by its name (``cache["L9.H6.z[-1]"]``); iterating gives the sites that were asked for.
-    Each activation is stored once, whole; a head or position of it is a view.
-    """
-
-    model: Model
-    selection: Selection
-    whole: Mapping[Site, Tensor]
-    positions: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __getitem__(self, key: Site | str) -> Tensor:
-        sites = select(key, self.model.cfg).sites
-        if len(sites) != 1:
-            raise SiteError(f"{key!r} names {len(sites)} activations; ask for one, or loop over the cache")
-        site = sites[0]
-        try:
-            value = self.whole[site.whole]
-        except KeyError:
-            kept = [str(each) for each in self.whole]
-            raise SiteError(
-                f"{site} was not captured. {did_you_mean(site, kept)} Ask for it with capture={str(site)!r}"
-            ) from None
-        if site == site.whole:
-            # Itself and not a view of it, which no gradient would reach.
-            return value
-        axes = site.kind.axes
-        index: list[Any] = [slice(None)] * len(axes)
-        if site.head is not None:
-            index[axes.index(site.kind.head_axis or "")] = site.head
-        if site.neuron is not None:
-            index[site.kind.neuron_axis or -1] = site.neuron
-        if site.pos is not None:
-            axis = site.kind.pos_axis
-            if axis is None:
-                raise SiteError(f"{site} has no position axis")
-            pos = resolve_position(site.pos, value.shape[axis], self.positions, site)
-            if isinstance(pos, str):
-                index[0] = torch.arange(value.shape[0], device=value.device)
-                index[axis] = self.positions[pos].to(value.device)
-            else:
-                index[axis] = pos
-        return value[tuple(index)]
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self.selection)
-
-    def __len__(self) -> int:
-        return len(self.selection)
-
-    @property
-    def bytes(self) -> int:
-        """Memory held, in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.whole.values())
-
-    def _rows(self) -> list[tuple[str, str, str]]:
-        return [
-            (str(site), " ".join(site.kind.axes), " x ".join(str(size) for size in tensor.shape))
-            for site, tensor in self.whole.items()
-        ]
-
-    def __repr__(self) -> str:
-        lines = [f"Cache: {len(self.whole)} activations, {self.bytes / 2**20:.1f} MiB"]
-        lines += [f"  {name:<16} {axes:<24} {shape}" for name, axes, shape in self._rows()[:12]]
-        if len(self.whole) > 12:
-            lines.append(f"  ... {len(self.whole) - 12} more")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()[:40])
-        more = f"<p>... {len(self.whole) - 40} more</p>" if len(self.whole) > 40 else ""
-        head = f"<b>Cache</b>: {len(self.whole)} activations, {self.bytes / 2**20:.1f} MiB"
-        return f"{head}<table><tr><th>site</th><th>axes</th><th>shape</th></tr>{body}</table>{more}"
-
-
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What one forward pass gave.
+    """What one run gave.
 
     Parameters
     ----------
-    logits
-        ``[batch pos vocab]``, or ``[batch len(keep) vocab]``.
+    answer
+        ``[batch pos vocab]``, or ``[batch len(keep) vocab]``; ``None`` where it was not asked for. Read it as `logits`.
     cache
         The captured activations.
     tokens
-        What was run.
+        What was run, ``[batch pos]``.
     edits
         What was changed on the way.
+    lengths
+        ``[batch]`` real tokens of each prompt, or ``None`` where none is padded. What stands at padded positions of the
+        logits and of activations means nothing.
     """
 
-    logits: Tensor
+    answer: Tensor | None
     cache: Cache
     tokens: Tensor
     edits: tuple[Edit, ...]
+    lengths: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        if self.answer is None:
+            raise SiteError("the logits of this run were not computed; leave out logits=False")
+        return self.answer
 
     def __getitem__(self, key: Site | str) -> Tensor:
         return self.cache[key]
 
     def __repr__(self) -> str:
         batch, *rest = self.tokens.shape
+        padded = "" if self.lengths is None else f"{int(self.lengths.min())} to "
         edits = f", {len(self.edits)} edits" if self.edits else ""
         # What a plain module reads need not be tokens.
-        read = f"{batch} prompts of {rest[0]} tokens" if len(rest) == 1 else f"inputs {list(self.tokens.shape)}"
+        read = f"{batch} prompts of {padded}{rest[0]} tokens" if len(rest) == 1 else f"inputs {list(self.tokens.shape)}"
         return f"Run: {read}{edits}, {len(self.cache.whole)} activations captured"
 
 
 def run(
     model: Model,
-    prompts: Tensor | Prompts,
+    prompts: Runnable,
     *,
     edits: Iterable[Edit] = (),
     capture: str | Site | Selection | None = None,
     keep: Iterable[int] | None = None,
+    logits: bool = True,
     grad: bool = False,
+    mask: Tensor | None = None,
+    store: str | os.PathLike[str] | None = None,
+    memory: int | str | None = None,
+    batch: int | None = None,
 ) -> Run:
     """What does the model compute on these prompts, with these edits?
 
@@ -163,17 +89,31 @@ def run(
     model
         From `mechinterp.load`.
     prompts
-        Tokens ``[batch pos]``, or a task (its clean prompts and named positions).
+        Tokens ``[batch pos]``; a task (its clean prompts and named positions); or a list of token ids or texts, which are
+        padded on the right where they differ in length. Padding changes nothing at real positions, and ``[-1]`` is the
+        last real one of each prompt.
     edits
         Applied by priority, then in this order.
     capture
         A selector of activations to keep.
     keep
-        Positions to unembed (default: all). The site ``logits`` cannot be edited or captured then.
+        Positions to unembed (default: all), in this order. The site ``logits`` cannot be edited or captured then.
+    logits
+        ``False``: the forward pass ends as soon as all edits and captures have been made.
     grad
         Keep the graph, so that ``torch.autograd.grad(metric, run[site])`` works. Off by default. For whole activations
         only (a head is a view, which the model does not go on with), and not for sites that are computed beside the
         model's own path (``pos_embed resid_mid head_out q_in k_in v_in``): torch says that they were not used.
+    mask
+        ``[batch pos]``, true for real tokens, where the tokens are padded (on the right) already.
+    store
+        Where captures and logits go as they pass. Default: they stay on the model's device. ``"cpu"``: to the machine's own
+        memory. A path: captures to files in this new folder, from which `Cache.load` reads them again.
+    memory
+        What captures may take there, such as ``"2 GiB"`` (default: half of what is free). Those that do not fit become
+        files in a temporary folder that goes with the cache.
+    batch
+        So many prompts at a time (default: all). With ``store=folder`` and ``logits=False`` no more than these are in memory.
 
     Returns
     -------
@@ -183,11 +123,15 @@ def run(
     Raises
     ------
     SelectorError, SiteError, EditError, InertError
-        As `HookRegistry`.
+        As `HookRegistry`; options that exclude each other; edits that mean certain rows, with ``batch``.
+    TaskError
+        An empty prompt, or a mask that does not fit.
+    FileFormatError
+        The folder of ``store`` has something in it.
 
     Notes
     -----
-    Cost: one forward pass.
+    Cost: one forward pass over all prompts; with ``logits=False`` the part of it up to the last capture.
 
     Examples
     --------
@@ -196,24 +140,135 @@ def run(
     >>> out = mi.run(model, mi.tasks.induction(model.cfg.d_vocab, n=2, length=4, seed=0), capture="L*.H0.z")
     >>> [str(site) for site in out.cache]
     ['L0.H0.z', 'L1.H0.z']
+
+    Prompts of unequal length, and only what the first block adds to the stream:
+
+    >>> short = mi.run(model, [[1, 2, 3], [4, 5]], capture="L0.attn_out", logits=False)
+    >>> short["L0.attn_out[-1]"].shape == (2, model.cfg.d_model)
+    True
     """
-    tokens, named = tokens_of(prompts)
-    positions = token_positions(model, tokens, named)
+    given = batch_of(model, prompts, mask)
     edits = tuple(edits)
-    kept: dict[Site, Tensor] = {}
     selection = Selection(()) if capture is None else select(capture, model.cfg)
-    registry = HookRegistry(model, positions)
-    for edit in edits:
-        registry.add(edit)
-    if keep is not None:
-        touched = [site for edit in edits for site in select(edit.at, model.cfg)]
+    keep = None if keep is None else tuple(keep)
+    _check(model, given, edits, selection, keep=keep, logits=logits, grad=grad, stored=store is not None, batch=batch)
+    rows = len(given.tokens)
+    device = torch.device("cpu") if store is not None else model.device
+    kept: Store | dict[Site, Tensor] = {}
+    if selection.sites and not grad:
+        budget = free_bytes(device) // 2 if memory is None else bytes_of(memory)
+        kept = Store(rows, device, budget, None if store in (None, "cpu") else Path(store or ""))
+    try:
+        answer = _run(model, given, edits, selection, kept, keep, logits=logits, grad=grad, device=device, batch=batch or rows)
+    except BaseException:
+        if isinstance(kept, Store):
+            kept.discard()
+        raise
+    positions = token_positions(model, given.tokens, given.positions)
+    if isinstance(kept, Store):
+        cache = Cache(model, selection, dict(kept), positions, given.lengths, kept.files, kept)
+        if kept.folder is not None:
+            cache.write_index(kept.folder)
+    else:
+        cache = Cache(model, selection, kept, positions, given.lengths)
+    return Run(answer, cache, given.tokens, edits, given.lengths)
+
+
+def _run(
+    model: Model,
+    given: Batch,
+    edits: tuple[Edit, ...],
+    selection: Selection,
+    kept: Store | dict[Site, Tensor],
+    keep: tuple[int, ...] | None,
+    *,
+    logits: bool,
+    grad: bool,
+    device: torch.device,
+    batch: int,
+) -> Tensor | None:
+    """The logits; captures go to ``kept``."""
+    answers: list[Tensor] = []
+    rows = len(given.tokens)
+    for first in range(0, rows, batch):
+        part = given[first : first + batch] if batch < rows else given
+        if isinstance(kept, Store):
+            kept.first = first
+        registry = HookRegistry(model, token_positions(model, part.tokens, part.positions), part.lengths)
+        for edit in edits:
+            registry.add(edit)
+        registry.capture(selection, kept, grad=grad)
+        with torch.set_grad_enabled(grad):
+            if logits:
+                with registry:
+                    answers.append(_answer(model, part, keep).to(device))
+            else:
+                with registry.stopping_early():
+                    model(part.tokens, keep=(0,))
+    return None if not logits else answers[0] if len(answers) == 1 else torch.cat(answers)
+
+
+def _check(
+    model: Model,
+    given: Batch,
+    edits: tuple[Edit, ...],
+    selection: Selection,
+    *,
+    keep: tuple[int, ...] | None,
+    logits: bool,
+    grad: bool,
+    stored: bool,
+    batch: int | None,
+) -> None:
+    """Refuse options that exclude each other."""
+    if keep is not None or not logits:
+        touched = [site for edit in edits if isinstance(edit, Edit) for site in select(edit.at, model.cfg)]
+        option = "keep=" if keep is not None else "logits=False"
         for site in (*touched, *selection):
             if site.name == "logits":
                 # Position 3 of the prompt would be another row of what is left.
                 raise SelectorError(
-                    f"with keep= the logits have other positions than the prompts; leave out keep= or {str(site)!r}"
+                    f"with {option} the logits have other positions than the prompts; leave out {option} or {str(site)!r}"
                 )
-    registry.capture(selection, kept, grad=grad)
-    with torch.set_grad_enabled(grad), registry:
-        logits = model(tokens, keep=keep)
-    return Run(logits, Cache(model, selection, kept, positions), tokens, edits)
+    if not logits:
+        if keep is not None:
+            raise SelectorError("logits=False unembeds nothing, keep= says what to unembed; give one of them")
+        if not selection.sites and not edits:
+            raise SelectorError("nothing is asked for: logits=False goes with capture=")
+    if grad and (stored or batch is not None or not logits):
+        raise SelectorError(
+            "grad=True keeps one whole forward pass on the model's device; leave out store=, batch= and logits=False"
+        )
+    if batch is None:
+        return
+    if batch < 1:
+        raise SelectorError(f"batch={batch}: give the number of prompts that run at a time, 1 or more")
+    for edit in edits:
+        if batch < len(given.tokens) and _means_rows(edit):
+            raise EditError(f"{edit!r} is about certain rows of all prompts, and with batch={batch} only so many run at a time")
+
+
+def _means_rows(edit: Edit) -> bool:
+    """Whether an edit may do something else where rows run apart: a vector for all rows does not."""
+    if edit.rows is not None or any(hasattr(edit, name) for name in ("seed", "pairs")):
+        return True
+    held = [getattr(edit, each.name) for each in fields(edit) if each.name != "at"]
+    shaped = not isinstance(edit, Project) and any(isinstance(each, Tensor) and each.ndim > 1 for each in held)
+    return shaped or any(isinstance(each, Mapping) for each in held)
+
+
+def _answer(model: Model, part: Batch, keep: tuple[int, ...] | None) -> Tensor:
+    """Logits ``[batch pos vocab]``, or of the kept positions of each prompt."""
+    if keep is None or part.lengths is None:
+        return model(part.tokens, keep=keep)
+    lengths = part.lengths.cpu()
+    for pos in keep:
+        short = (lengths < (-pos if pos < 0 else pos + 1)).nonzero().flatten().tolist()
+        if short:
+            raise SelectorError(
+                f"keep={list(keep)}: prompt {short[0]} has {int(lengths[short[0]])} tokens, and no position {pos}"
+            )
+    wanted = torch.stack([lengths + pos if pos < 0 else torch.full_like(lengths, pos) for pos in keep], dim=1)
+    places, where = torch.unique(wanted, return_inverse=True)
+    found = model(part.tokens, keep=places.tolist())
+    return found[torch.arange(len(found), device=found.device)[:, None], where.to(found.device)]

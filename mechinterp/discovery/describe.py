@@ -151,7 +151,9 @@ def _places(task: Task) -> tuple[list[str], Tensor]:
     rows = torch.arange(batch)
     for name in reversed(list(task.positions)):
         index[rows, task.positions[name].cpu()] = at[name]
-    return words, torch.nn.functional.one_hot(index, len(words)).float()
+    onehot = torch.nn.functional.one_hot(index, len(words)).float()
+    # Padding is no place.
+    return words, onehot if task.mask is None else onehot * task.mask.cpu()[:, :, None]
 
 
 def _strongest(edges: list[Edge], circuit: Circuit, *, outgoing: bool) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
 from mechinterp.errors import SelectorError, did_you_mean
 from mechinterp.patching.compare import Direction, MetricLike, compare_runs
+from mechinterp.patching.ends import own_ends
 from mechinterp.tasks import Task, resolve_metric
 
 __all__ = ["Grid", "grid_of", "patch", "plan"]
@@ -145,6 +146,7 @@ def plan(
     >>> mi.plan(toy.model, toy.task, "L*.H*.z").cells
     8
     """
+    at, task = own_ends(model, at, task)
     grid = grid_of(model, at, task.clean.shape[1], over, window)
     start = 0 if _edits(corruption) else int(task.first_difference.min())
     vocabulary = task.answers()[1] if resolve_metric(metric, task).answers_only else None
@@ -236,6 +238,7 @@ def patch(
     >>> effects.axes
     ('layer', 'head')
     """
+    selector, (at, task) = at, own_ends(model, at, task)
     grid = grid_of(model, at, task.clean.shape[1], over, window)
     everything = Selection(tuple(dict.fromkeys(site for cell in grid.cells for site in cell)))
     runs = compare_runs(model, task, everything, metric=metric, direction=direction, corruption=_edits(corruption))
@@ -255,13 +258,13 @@ def patch(
         vocabulary=runs.vocabulary,
         positions=runs.task.positions,
         base=runs.base,
-        label=f"patch {at}",
+        label=f"patch {selector}",
         progress=progress,
     )
     for members, logits in results:
         chosen = [live[i] for i in members]
         flat[chosen] = ((runs.measure_cells(logits) - received) / unit).float().cpu()
-    what = grid.site or (str(at) if len(str(at)) <= 40 else f"{len(grid.cells)} sites")
+    what = grid.site or (str(selector) if len(str(selector)) <= 40 else f"{len(grid.cells)} sites")
     more = {"corruption": [repr(edit) for edit in _edits(corruption)]} if corruption else {}
     return Effects(
         quantity=f"patching {what} ({direction})",
@@ -272,7 +275,7 @@ def patch(
         provenance=runs.provenance(
             method="activation patching",
             site=grid.site,
-            at=str(at),
+            at=str(selector),
             window=window,
             normalized=normalize,
             forwards=2 + len(cells) - plan.unchanged,

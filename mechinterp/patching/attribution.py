@@ -19,6 +19,7 @@ from mechinterp.errors import MetricError, SelectorError
 from mechinterp.graph import GraphShape
 from mechinterp.patching.activation import Grid, grid_of
 from mechinterp.patching.compare import Comparison, Direction, MetricLike, compare_runs, unit_of
+from mechinterp.patching.ends import own_ends
 from mechinterp.patching.gradients import EMBED, check_gradient, gradients, path_points
 from mechinterp.patching.readers import Layout, ReaderGroup, head_changes, layout_of
 from mechinterp.tasks import Task
@@ -97,6 +98,9 @@ def attribute(
         raise MetricError(f"unit={unit!r}: write 'node' or 'edge'")
     if unit == "edge" and at is not None:
         raise SelectorError("unit='edge' scores every edge; a selector goes with unit='node'")
+    selector = at
+    if at is not None:
+        at, task = own_ends(model, at, task)
     points = path_points(steps)
     scorer: _Edges | _Sites
     if unit == "edge":
@@ -119,7 +123,7 @@ def attribute(
     method = "EAP" if unit == "edge" else "attribution patching"
     if points != (0.0,):
         method += f"-IG inputs, {len(points)} {'midpoints' if isinstance(steps, int) else 'points'}"
-    what = f"{unit}s" if at is None else str(scorer.site or at)
+    what = f"{unit}s" if at is None else str(scorer.site or selector)
     provenance = runs.provenance(
         method=method,
         site=scorer.site,

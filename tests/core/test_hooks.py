@@ -231,15 +231,18 @@ def conflict(one: str, other: str, site: str) -> str:
         ("L0.z[1]", "L0.H1.z", "L0.z[1]"),
         ("L0.z[1]", "L0.z[1]", "L0.z[1]"),
         ("L0.N3.mlp_post", "L0.mlp_post[2]", "L0.N3.mlp_post"),
-        # They may be the same position, in rows of some length, so a priority has to be said.
-        ("L0.z[1]", "L0.z[-1]", "L0.z[1]"),
-        ("L0.z[1]", "L0.z[end]", "L0.z[1]"),
+        # Prompts of seven tokens: the same position, however it is written, in one row or in all.
+        ("L0.z[6]", "L0.z[-1]", "L0.z[6]"),
+        ("L0.z[4]", "L0.z[end]", "L0.z[4]"),
+        ("L0.H1.z[-3]", "L0.z[end]", "L0.H1.z[-3]"),
+        ("L0.z[end]", "L0.z[start]", "L0.z[end]"),
+        ("L0.H1.z[4]", "L0.z[-3] | L0.q", "L0.H1.z[4]"),
     ],
 )
 def test_two_replacements_of_the_same_numbers(
     gpt2: Any, tokens: Tensor, same_hooks: Any, one: str, other: str, site: str
 ) -> None:
-    registry = mi.HookRegistry(gpt2, {"end": torch.tensor([6, 6, 6])})
+    registry = mi.HookRegistry(gpt2, {"end": torch.tensor([6, 4, 6]), "start": torch.tensor([0, 4, 1])})
     registry.add(mi.Zero(one))
     registry.add(mi.Zero(other))
     with same_hooks(gpt2), pytest.raises(EditError, match=f"^{conflict(f'Zero({one!r})', f'Zero({other!r})', site)}$"), registry:
@@ -253,6 +256,10 @@ def test_two_replacements_of_the_same_numbers(
         (mi.Zero("L0.z[0]"), mi.Zero("L0.z[1]")),
         (mi.Zero("L0.z[-1]"), mi.Zero("L0.z[-2]")),
         (mi.Zero("L0.z[S1]"), mi.Zero("L0.z[S2]")),
+        (mi.Zero("L0.z[1]"), mi.Zero("L0.z[-1]")),
+        (mi.Zero("L0.z[5]"), mi.Zero("L0.z[S1]")),
+        (mi.Zero("L0.z[2]", rows=(0, 1)), mi.Zero("L0.z[S1]")),
+        (mi.Zero("L0.N0.mlp_post[2]"), mi.Zero("L0.mlp_post[-1]")),
         (mi.Zero("L0.N0.mlp_post"), mi.Zero("L0.N1.mlp_post")),
         (mi.Zero("L0.z", rows=(0, 1)), mi.Zero("L0.z", rows=(1, 3))),
         (mi.Zero("L0.z"), mi.Zero("L1.z")),
