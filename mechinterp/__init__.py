@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from mechinterp.patching.attribution import attribute as attribute
     from mechinterp.patching.edges import edge_effects as edge_effects
     from mechinterp.patching.edges import plan_edges as plan_edges
+    from mechinterp.patching.paths import patch_paths as patch_paths
     from mechinterp.tasks import Metric as Metric
     from mechinterp.tasks import Task as Task
     from mechinterp.zoo import load as load
@@ -109,6 +110,7 @@ _HOMES = {
     "patching.activation": ("patch", "plan"),
     "patching.attribution": ("attribute",),
     "patching.edges": ("edge_effects", "plan_edges"),
+    "patching.paths": ("patch_paths",),
     "tasks": ("Metric", "Task"),
     "zoo": ("load",),
 }

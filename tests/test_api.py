@@ -66,6 +66,7 @@ PUBLIC = [
     "generate",
     "load",
     "patch",
+    "patch_paths",
     "plan",
     "plan_edges",
     "random_edges",

@@ -1,0 +1,428 @@
+"""Path patching: what one set of nodes writes for the ports of another, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mechinterp.core.edits import Replace
+from mechinterp.core.effects import Effects, Label
+from mechinterp.core.hooks import HookRegistry
+from mechinterp.core.model import Model
+from mechinterp.core.plan import BUDGET, answer_logits, halving, plan_cells, rows_per_forward, sweep
+from mechinterp.core.run import Cache
+from mechinterp.core.select import Selection, select
+from mechinterp.core.sites import Site
+from mechinterp.errors import SelectorError, did_you_mean
+from mechinterp.patching.compare import Comparison, Direction, MetricLike, compare_runs
+from mechinterp.patching.ends import own_ends
+from mechinterp.patching.gradients import EMBED
+from mechinterp.patching.readers import Layout, layout_of
+from mechinterp.tasks import Task
+
+__all__ = ["patch_paths"]
+
+# What is put where, for one counterfactual run.
+Values = list[tuple[Site, Tensor]]
+_PORTS = {"q": "q", "k": "k", "v": "v", "q_in": "q", "k_in": "k", "v_in": "v", "mlp_in": "mlp_in"}
+_WRITES = {"z": "z", "head_out": "z", "mlp_out": "mlp_out", "mlp_post": "mlp_post", "embed": "resid_pre"}
+
+
+def patch_paths(
+    model: Model,
+    task: Task,
+    *,
+    senders: str,
+    receivers: str,
+    via: Sequence[str] = (),
+    through: str | None = None,
+    over: Sequence[Literal["sender", "receiver"]] = (),
+    metric: MetricLike = None,
+    direction: Direction = "noise",
+    normalize: bool = True,
+    memory: int = BUDGET,
+    progress: bool = False,
+) -> Effects:
+    """What travels from these senders to these receivers, directly or through the nodes that are named?
+
+    1. The receiving prompt runs with the senders' output from the other run. All heads and MLPs between keep what they
+       write in the receiving run, so that only what the senders write themselves reaches anyone; nodes in ``through`` are
+       computed anew. What the receivers' ports read there is kept.
+    2. With ``via``, the outputs that these nodes give when their ports read that are the senders of the next step.
+    3. The receiving prompt runs again: the receivers read what was kept, and everything after them follows.
+
+    Parameters
+    ----------
+    model, task
+        What to run.
+    senders
+        Heads, MLPs and the embedding: node names with ``*`` for any part (``"a9.h*"``, ``"m3"``, ``"embed"``) or sites
+        (``"L9.H9.z"``, ``"L*.mlp_out[end]"``, ``"L3.N17.mlp_post"``), separated by ``|``.
+    receivers
+        Ports that read, ``"a9.h6<q>"``, ``"a9.kv1<k>"`` (keys and values of grouped queries are those of KV heads),
+        ``"m3"``, or sites ``"L9.H6.q"``, ``"L9.KV1.k[S2]"``, ``"L3.mlp_in"``; or ``"logits"`` alone.
+    via
+        Ports on the way, in order: ``via=["a5.h5<k>"]`` for senders -> the keys of a5.h5 -> receivers.
+    through
+        Nodes between that are computed anew instead of kept: ``"mlps"`` as Wang et al. do, ``"heads"``, or node names.
+    over
+        ``("sender",)``, ``("receiver",)`` or both: each of them alone, as axes of the result. Default: all together.
+    metric, direction, normalize, memory, progress
+        As in `mechinterp.patch`, but the default direction is ``"noise"``.
+
+    Returns
+    -------
+    Effects
+        Axes ``sender`` and ``receiver`` where asked for, else one cell ``path``; per example.
+
+    Raises
+    ------
+    SelectorError
+        A name that is no node or port of this model; ``"logits"`` beside other receivers.
+
+    Notes
+    -----
+    Cost: 2 forward passes for the two runs, one for each sender (and each step of ``via``), and less than one for each
+    sender and receiver; packed as rows.
+
+    References
+    ----------
+    Wang et al. 2022 (2211.00593); Goldowsky-Dill et al. 2023 (2304.05969).
+
+    Examples
+    --------
+    >>> import mechinterp as mi
+    >>> toy = mi.toys.induction()
+    >>> mi.patch_paths(toy.model, toy.task, senders="a0.*", receivers="a1.h*<k>", over=("sender", "receiver")).axes
+    ('sender', 'receiver')
+    """
+    for axis in over:
+        if axis not in ("sender", "receiver"):
+            raise SelectorError(f"cannot sweep paths over {axis!r}. {did_you_mean(axis, ('sender', 'receiver'))}")
+    layout = layout_of(model)
+    free = _nodes(layout, through)
+    sent = _senders(model, layout, senders)
+    hops = [_receivers(model, layout, ports) for ports in via]
+    read = _receivers(model, layout, receivers)
+    # Positions from the end are named ones where prompts differ in length.
+    parts = [site for site in (*sent, *(site for hop in (*hops, read) for site in hop)) if site.name != "logits"]
+    renamed, task = own_ends(model, Selection(tuple(parts)), task)
+    by_name = dict(zip(parts, renamed, strict=True)) if isinstance(renamed, Selection) else {}
+    sent, read, *hops = ([by_name.get(site, site) for site in sites] for sites in (sent, read, *hops))
+    runs = compare_runs(model, task, _wanted(layout, sent), metric=metric, direction=direction)
+    groups: list[Values] = [[(site, runs.other[site]) for site in group] for group in _grouped(sent, "sender" in over)]
+    for hop in hops:
+        groups = _answers(runs, layout, _listen(runs, layout, groups, free, hop, memory), hop, memory)
+    received, unit = runs.received(), runs.unit(normalize)
+    targets = _grouped(read, "receiver" in over)
+    if read[0].name == "logits":
+        flat = _listen_logits(runs, layout, groups, free, memory) - received
+    else:
+        heard = _listen(runs, layout, groups, free, read, memory)
+        flat = _patched(runs, heard, targets, memory, progress) - received
+    labels = {"sender": [_label(group) for group in _grouped(sent, True)], "receiver": [_label(group) for group in targets]}
+    axes = tuple(axis for axis in ("sender", "receiver") if axis in over) or ("path",)
+    hops_said = "".join(f" -> {ports}" for ports in via)
+    coords: dict[str, tuple[Label, ...]] = {axis: tuple(labels[axis]) for axis in axes if axis != "path"}
+    coords = coords or {"path": (f"{senders}{hops_said} -> {receivers}",)}
+    return Effects(
+        quantity=f"patching paths {senders}{hops_said} -> {receivers} ({direction})",
+        axes=axes,
+        coords=coords,
+        per_example=(flat / unit).float().cpu().reshape(*(len(coords[axis]) for axis in axes), -1),
+        baseline=runs.baseline,
+        provenance=runs.provenance(
+            method="path patching",
+            site="",
+            senders=senders,
+            receivers=receivers,
+            via=list(via),
+            through=through or "",
+            normalized=normalize,
+            forwards=2 + len(groups) * (1 + 2 * len(via)) + (flat.shape[0] if read[0].name != "logits" else 0),
+        ),
+    )
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def _terms(text: str) -> list[str]:
+    return [term.strip() for term in text.split("|")]
+
+
+def _senders(model: Model, layout: Layout, text: str) -> list[Site]:
+    """The activations that the senders write: z of a head, what an MLP adds, neurons, or the first stream."""
+    found: dict[Site, None] = {}
+    for term in _terms(text):
+        nodes = [node for node in layout.writers if fnmatchcase(node, term)]
+        if nodes:
+            found |= dict.fromkeys(_written_by(node) for node in nodes)
+            continue
+        for site in select(term, model.cfg):
+            if site.name not in _WRITES:
+                raise SelectorError(
+                    f"{site} is nothing that a node writes; senders are {', '.join(_WRITES)}, or nodes such as "
+                    f"{layout.writers[1]!r}"
+                )
+            layer = 0 if site.name == "embed" else site.layer
+            found[Site(_WRITES[site.name], layer, head=site.head, pos=site.pos, neuron=site.neuron)] = None
+    return [part for site in found for part in _split_heads(model, site)]
+
+
+def _written_by(node: str) -> Site:
+    if node == "embed":
+        return EMBED
+    layer, _, head = node[1:].partition(".h")
+    return Site("z", int(layer), head=int(head)) if head else Site("mlp_out", int(layer))
+
+
+def _receivers(model: Model, layout: Layout, text: str) -> list[Site]:
+    """The activations that take other values when a port reads something else."""
+    found: dict[Site, None] = {}
+    names = {f"{node}<{port}>" if port != "in" else node: (node, port) for node, port in layout.readers}
+    for term in _terms(text):
+        ports = [names[name] for name in names if fnmatchcase(name, term)]
+        if ports:
+            found |= dict.fromkeys(_read_by(node, port) for node, port in ports)
+            continue
+        if re.fullmatch(r"a[\d*?]+\.\S+", term) and "<" not in term:
+            raise SelectorError(
+                f"{term!r} does not say what reads: write {term}<q>, {term}<k> or {term}<v>, or {term}<*> for all"
+            )
+        for site in select(term, model.cfg):
+            if site.name not in _PORTS:
+                raise SelectorError(
+                    f"{site} is nothing that reads; receivers are {', '.join(_PORTS)}, ports such as "
+                    f"{next(iter(names))!r}, or 'logits'"
+                )
+            found[Site(_PORTS[site.name], site.layer, head=site.head, pos=site.pos)] = None
+    if len(found) > 1 and any(site.name == "logits" for site in found):
+        raise SelectorError("the logits are read at the end of a path; patch the paths to them and to other receivers apart")
+    return [part for site in found for part in _split_heads(model, site)]
+
+
+def _read_by(node: str, port: str) -> Site:
+    if node == "logits":
+        return Site("logits")
+    layer, _, head = node[1:].partition(".")
+    return Site("mlp_in", int(layer)) if port == "in" else Site(port, int(layer), head=int(head.lstrip("khv")))
+
+
+def _split_heads(model: Model, site: Site) -> list[Site]:
+    """One site for each head, so that each can be a cell of its own."""
+    axis = site.kind.head_axis
+    if axis is None or site.head is not None:
+        return [site]
+    count = model.cfg.n_heads if axis == "head" else model.cfg.n_kv_heads
+    return [Site(site.name, site.layer, head=i, pos=site.pos, neuron=site.neuron) for i in range(count)]
+
+
+def _nodes(layout: Layout, text: str | None) -> set[str]:
+    """The nodes that are computed anew."""
+    if text is None:
+        return set()
+    found: set[str] = set()
+    for term in _terms(text):
+        pattern = {"mlps": "m*", "heads": "a*"}.get(term, term)
+        nodes = {node for node in layout.writers if fnmatchcase(node, pattern) and node != "embed"}
+        if not nodes:
+            raise SelectorError(f"no node is called {term!r}. {did_you_mean(term, ['mlps', 'heads', *layout.writers])}")
+        found |= nodes
+    return found
+
+
+def _grouped(sites: Sequence[Site], apart: bool) -> list[list[Site]]:
+    return [[site] for site in sites] if apart else [list(sites)]
+
+
+def _label(group: Sequence[Site]) -> str:
+    shown = [str(site) if site != EMBED else "embed" for site in group]
+    return shown[0] if len(shown) == 1 else f"{shown[0]} and {len(shown) - 1} more"
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+def _wanted(layout: Layout, sent: Iterable[Site]) -> Selection:
+    """All that is kept of the two runs: what every node writes, and the ports of every head."""
+    layers = range(layout.shape.n_layers)
+    ports = [Site(port, layer) for layer in layers for port in "qkv"]
+    streams = [] if layout.shape.attn_only else [Site("mlp_in", layer) for layer in layers]
+    return layout.written | Selection((*ports, *streams, *(site.whole for site in sent)))
+
+
+def _freeze(
+    registry: HookRegistry,
+    runs: Comparison,
+    layout: Layout,
+    n: int,
+    groups: Sequence[Values],
+    free: set[str],
+    note: Callable[[Site, Tensor], None] | None = None,
+) -> None:
+    """All nodes but those in ``free`` write what they write in the receiving run, ``n`` times; ``note`` sees it before."""
+    neurons = {site.layer for group in groups for site, _ in group if site.name == "mlp_post"}
+
+    def kept(site: Site, live: Sequence[int] = ()) -> Callable[[Tensor], Tensor]:
+        recorded = runs.receiver[site]
+
+        def act(value: Tensor) -> Tensor:
+            if note is not None:
+                note(site, value)
+            new = recorded.repeat(n, *[1] * (recorded.ndim - 1))
+            if live:
+                new[:, :, list(live)] = value[:, :, list(live)]
+            return new
+
+        return act
+
+    for layer in range(layout.shape.n_layers):
+        live = [head for head in range(layout.shape.n_heads) if f"a{layer}.h{head}" in free]
+        registry.transform(Site("z", layer), kept(Site("z", layer), live))
+        if layout.shape.attn_only or f"m{layer}" in free:
+            continue
+        # Of an MLP that sends single neurons, what it adds follows from them.
+        at = Site("mlp_post" if layer in neurons else "mlp_out", layer)
+        registry.transform(at, kept(at))
+
+
+def _send(registry: HookRegistry, groups: Sequence[Values], batch: int) -> None:
+    for i, group in enumerate(groups):
+        for site, value in group:
+            registry.add(Replace(site, value, rows=(i * batch, (i + 1) * batch), priority=1))
+
+
+def _packed(
+    runs: Comparison, groups: Sequence[Values], memory: int, run: Callable[[Sequence[Values]], Tensor]
+) -> Iterable[Tensor]:
+    """``run`` of as many groups at a time as fit into memory."""
+    batch, length = runs.task.clean.shape
+    at_once = max(1, rows_per_forward(runs.model, length, memory=memory) // batch)
+    for first in range(0, len(groups), at_once):
+        members = range(first, min(first + at_once, len(groups)))
+        for _, result in halving(members, lambda some: run([groups[i] for i in some])):
+            yield result
+
+
+def _listen(
+    runs: Comparison, layout: Layout, groups: Sequence[Values], free: set[str], ports: Sequence[Site], memory: int
+) -> list[Values]:
+    """What the ports read when the senders of each group send: for each group the ports' new values."""
+    batch = len(runs.task)
+    wholes = Selection(tuple(dict.fromkeys(site.whole for site in ports)))
+    heard: list[Values] = []
+
+    def run(some: Sequence[Values]) -> Tensor:
+        seen: dict[Site, Tensor] = {}
+        registry = HookRegistry(runs.model, runs.task.positions)
+        _freeze(registry, runs, layout, len(some), some, free)
+        _send(registry, some, batch)
+        registry.capture(wholes, seen)
+        with torch.no_grad(), registry:
+            answer_logits(runs.model, runs.tokens.repeat(len(some), 1), runs.task.answer_pos.repeat(len(some)))
+        for i in range(len(some)):
+            own = {site: value[i * batch : (i + 1) * batch] for site, value in seen.items()}
+            cache = Cache(runs.model, wholes, own, runs.task.positions)
+            heard.append([(site, cache[site]) for site in ports])
+        return torch.empty(0)
+
+    for _ in _packed(runs, groups, memory, run):
+        pass
+    return heard
+
+
+def _listen_logits(runs: Comparison, layout: Layout, groups: Sequence[Values], free: set[str], memory: int) -> Tensor:
+    """The metric ``[group batch]`` when the logits read what the senders send."""
+    batch = len(runs.task)
+
+    def run(some: Sequence[Values]) -> Tensor:
+        registry = HookRegistry(runs.model, runs.task.positions)
+        _freeze(registry, runs, layout, len(some), some, free)
+        _send(registry, some, batch)
+        with torch.no_grad(), registry:
+            logits = answer_logits(runs.model, runs.tokens.repeat(len(some), 1), runs.task.answer_pos.repeat(len(some)))
+        return torch.stack([runs.measure(each) for each in rearrange(logits, "(n b) v -> n b v", b=batch)])
+
+    return torch.cat(list(_packed(runs, groups, memory, run)))
+
+
+def _answers(runs: Comparison, layout: Layout, heard: Sequence[Values], ports: Sequence[Site], memory: int) -> list[Values]:
+    """What the nodes with these ports write when the ports read that, each by itself: the senders of the next step."""
+    batch, model = len(runs.task), runs.model
+    nodes = dict.fromkeys(node for site in ports for node in _answering(model, site))
+    inputs = dict.fromkeys(
+        Site(port, node.layer) for node in nodes for port in (("q", "k", "v") if node.name == "z" else ("mlp_in",))
+    )
+    sent: list[Values] = []
+
+    def run(some: Sequence[Values]) -> Tensor:
+        n = len(some)
+        seen: dict[Site, Tensor] = {}
+        registry = HookRegistry(model, runs.task.positions)
+        # A node's other ports read what they read in the receiving run, whatever the nodes before it answer.
+        for site in inputs:
+            recorded = runs.receiver[site].repeat(n, *[1] * (runs.receiver[site].ndim - 1))
+            registry.transform(site, lambda value, recorded=recorded: recorded)  # type: ignore[misc]
+        _send(registry, some, batch)
+        _freeze(registry, runs, layout, n, [], set(), note=seen.__setitem__)
+        with torch.no_grad(), registry:
+            answer_logits(model, runs.tokens.repeat(n, 1), runs.task.answer_pos.repeat(n))
+        for i in range(n):
+            own = {site: seen[site][i * batch : (i + 1) * batch] for site in {node.whole for node in nodes}}
+            cache = Cache(model, Selection(tuple(nodes)), own, runs.task.positions)
+            sent.append([(node, cache[node]) for node in nodes])
+        return torch.empty(0)
+
+    for _ in _packed(runs, heard, memory, run):
+        pass
+    return sent
+
+
+def _answering(model: Model, port: Site) -> list[Site]:
+    """The outputs of the nodes that a port belongs to; a KV head's are those of all its query heads."""
+    if port.name == "mlp_in":
+        return [Site("mlp_out", port.layer)]
+    share = model.cfg.n_heads // model.cfg.n_kv_heads if port.kind.head_axis == "kv_head" else 1
+    first = (port.head or 0) * share
+    return [Site("z", port.layer, head=head) for head in range(first, first + share)]
+
+
+def _patched(runs: Comparison, heard: Sequence[Values], targets: Sequence[Sequence[Site]], memory: int, progress: bool) -> Tensor:
+    """The metric ``[(group target) batch]`` when each target reads what it heard from each group."""
+    received = runs.received()
+    cells = [[(site, value) for site, value in group if site in target] for group in heard for target in targets]
+    changed = [[part for part in cell if not torch.equal(part[1], runs.receiver[part[0]])] for cell in cells]
+    live = [i for i, cell in enumerate(changed) if cell]
+    batch, length = runs.task.clean.shape
+    plan = plan_cells(
+        runs.model,
+        batch,
+        length,
+        [[site for site, _ in changed[i]] for i in live],
+        start=runs.start,
+        read=runs.task.answer_pos,
+        vocabulary=runs.vocabulary,
+        memory=memory,
+    )
+    flat = received.expand(len(cells), -1).clone()
+    results = sweep(
+        plan,
+        runs.model,
+        runs.tokens,
+        [changed[i] for i in live],
+        read=runs.task.answer_pos,
+        vocabulary=runs.vocabulary,
+        positions=runs.task.positions,
+        label="patch paths",
+        progress=progress,
+    )
+    for members, logits in results:
+        flat[[live[i] for i in members]] = runs.measure_cells(logits)
+    return flat
