@@ -68,6 +68,11 @@ def load(
     >>> mi.load("toy:induction").cfg.n_layers
     2
     """
+    if not isinstance(source, str | os.PathLike | nn.Module | Model):
+        raise ModelError(
+            f"a model cannot be loaded from a {type(source).__name__}: give a name such as 'smollm2', a folder, "
+            "a .gguf file or a Hugging Face module"
+        )
     with warnings.catch_warnings():
         # In a notebook without ipywidgets the first import of it, by whomever, warns. Its bars are text then, and fine.
         warnings.filterwarnings("ignore", message="IProgress not found")

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from mechinterp.core.arguments import check_model
 from mechinterp.core.edits import Edit
 from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.model import Model
@@ -148,7 +149,7 @@ def run(
     model: Model,
     prompts: Tensor | Prompts,
     *,
-    edits: Iterable[Edit] = (),
+    edits: Edit | Iterable[Edit] = (),
     capture: str | Site | Selection | None = None,
     keep: Iterable[int] | None = None,
     grad: bool = False,
@@ -162,7 +163,7 @@ def run(
     prompts
         Tokens ``[batch pos]``, or a task (its clean prompts and named positions).
     edits
-        Applied by priority, then in this order.
+        One, or several: applied by priority, then in this order.
     capture
         A selector of activations to keep.
     keep
@@ -194,8 +195,9 @@ def run(
     >>> [str(site) for site in out.cache]
     ['L0.H0.z', 'L1.H0.z']
     """
+    check_model(model, prompts)
     tokens, positions = tokens_of(prompts)
-    edits = tuple(edits)
+    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
     kept: dict[Site, Tensor] = {}
     selection = Selection(()) if capture is None else select(capture, model.cfg)
     registry = HookRegistry(model, positions)

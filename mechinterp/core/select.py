@@ -56,6 +56,14 @@ class Sized(Protocol):
     def d_mlp(self) -> int: ...
 
 
+@runtime_checkable
+class Configured(Protocol):
+    """A loaded model, which has such a shape."""
+
+    @property
+    def cfg(self) -> Sized: ...
+
+
 _SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp")
 
 
@@ -95,7 +103,7 @@ class Selection:
         return f"Selection({shown}{f', ... {len(self)} sites' if len(self) > 6 else ''})"
 
 
-def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized) -> Selection:
+def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized | Configured) -> Selection:
     """Which activations does this pattern name, on a model of this shape?
 
     Parameters
@@ -103,7 +111,7 @@ def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized) -
     pattern
         A pattern (see the module's grammar), a `Site`, a `Selection`, or several of them.
     cfg
-        The shape of the model: ``model.cfg``.
+        The model, or its shape: ``model.cfg``.
 
     Raises
     ------
@@ -121,6 +129,7 @@ def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized) -
     >>> len(select("L*.H*.z | L*.mlp_out", cfg))
     156
     """
+    cfg = cfg.cfg if isinstance(cfg, Configured) else cfg
     if isinstance(pattern, Selection):
         if not pattern.sites:
             raise SelectorError("an empty selection selects nothing; was it an intersection or a difference?")

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
 from mechinterp.core.run import run
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
-from mechinterp.graph import Circuit, Edge, parse_node
+from mechinterp.graph import Circuit, Edge, check_circuit, parse_node
 from mechinterp.patching.activation import patch
 from mechinterp.patching.attribution import attribute
 from mechinterp.tasks import Task
@@ -77,6 +78,8 @@ def describe(circuit: Circuit, model: Model, task: Task, *, heads: int = 12) -> 
     Cost: 8 forward and 3 backward passes, and one forward for each head. Heads are chosen, and the position where each
     matters is found, by integrated gradients; the effect is measured by patching.
     """
+    check_circuit(circuit)
+    check_model_and_task(model, task)
     effects = attribute(model, task, "L*.H*.z", over=("layer", "head", "pos"), steps=3)
     words, onehot = _places(task)
     # Named positions move from prompt to prompt, so effects and attention are gathered by name before averaging.

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import networkx as nx
 
-from mechinterp.errors import FileFormatError, GraphError, MissingExtraError
+from mechinterp.errors import FileFormatError, GraphError, missing_extra
 from mechinterp.graph.graph import build_graph, index_of
 from mechinterp.graph.nodes import Edge, GraphShape
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Circuit"]
+__all__ = ["Circuit", "check_circuit"]
 
 FORMAT: Final = "mechinterp-circuit"
 VERSION: Final = 1
@@ -262,7 +262,7 @@ class Circuit:
         try:
             import pandas as pd
         except ImportError as error:
-            raise MissingExtraError("Circuit.to_frame() needs pandas. Run: pip install pandas") from error
+            raise missing_extra("a table", "pandas", "frames") from error
         rows = [(*edge, math.nan if score is None else score) for edge, score in self.scores.items()]
         return pd.DataFrame(rows, columns=["src", "dst", "port", "value"]).astype({"value": "float64"})
 
@@ -315,6 +315,22 @@ class Circuit:
         from mechinterp.graph.draw import draw
 
         return draw(self)._repr_svg_()
+
+
+def check_circuit(circuit: object) -> None:
+    """Refuse what is not a `Circuit`.
+
+    Raises
+    ------
+    GraphError
+        A file's name, or something else.
+    """
+    if isinstance(circuit, str | os.PathLike):
+        raise GraphError(f"the name {os.fspath(circuit)!r} was given where a circuit belongs; load it: mi.Circuit.load(path)")
+    if not isinstance(circuit, Circuit):
+        raise GraphError(
+            f"a {type(circuit).__name__} was given where a circuit belongs: the circuit comes first, then model and task"
+        )
 
 
 def as_edge(edge: object) -> Edge:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import networkx as nx
 
-from mechinterp.errors import MissingExtraError
+from mechinterp.errors import missing_extra
 from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.legend import decorate
 from mechinterp.graph.nodes import Edge, GraphShape, parse_node
@@ -103,7 +103,7 @@ def styled(circuit: Circuit, labels: Mapping[str, str], edges: Collection[Edge])
     try:
         agraph = nx.nx_agraph.to_agraph(plain)
     except ImportError as error:
-        raise MissingExtraError("Drawing a circuit needs pygraphviz. Run: pip install pygraphviz") from error
+        raise missing_extra("drawing a circuit", "pygraphviz", "draw") from error
     agraph.graph_attr.update(rankdir="BT", ranksep="0.3", nodesep="0.14", newrank="true", outputorder="edgesfirst", fontname=FONT)
     agraph.node_attr.update(
         shape="box",

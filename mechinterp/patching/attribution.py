@@ -9,6 +9,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.effects import Effects, Label
 from mechinterp.core.model import Model
 from mechinterp.core.plan import progress_bar, rows_per_forward
@@ -95,6 +96,7 @@ def attribute(
     >>> mi.attribute(toy.model, toy.task, unit="edge", steps=5).axes
     ('edge',)
     """
+    check_model_and_task(model, task)
     if unit not in ("node", "edge"):
         raise MetricError(f"unit={unit!r}: write 'node' or 'edge'")
     if unit == "edge" and at is not None:
