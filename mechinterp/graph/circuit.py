@@ -26,6 +26,7 @@ __all__ = ["Circuit", "check_circuit"]
 
 FORMAT: Final = "mechinterp-circuit"
 VERSION: Final = 1
+PICTURES: Final = (".dot", ".svg", ".png", ".pdf", ".html", ".jpg", ".jpeg")
 
 EdgeLike = Edge | str | tuple[str, str, str]
 
@@ -270,8 +271,18 @@ class Circuit:
         """Write the circuit as JSON, one line per edge; folders are made, an old file is replaced at once.
 
         Scores, provenance and report come back from `load` as they were, bit for bit.
+
+        Raises
+        ------
+        FileFormatError
+            If the name ends like a picture.
         """
         target = Path(path)
+        if target.suffix.lower() in PICTURES:
+            raise FileFormatError(
+                f"{target.name!r} ends like a picture, and a circuit is saved as JSON. "
+                f"For the picture: mi.draw(circuit).save({target.name!r})"
+            )
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -290,11 +301,12 @@ class Circuit:
         Raises
         ------
         FileFormatError
-            If the file is not a circuit, was written by a later version, or does not fit its own shape.
+            If the file is not a circuit, was written by a later version, or does not fit its own shape; or a
+            folder without ``circuit.json``. A folder with one stands for that file.
         FileNotFoundError
             If there is no such file.
         """
-        content = read_content(Path(path))
+        content = read_content(file_of(Path(path)))
         try:
             shape = GraphShape(**content["shape"])
             edges = {Edge.parse(text): as_score(text, score) for text, score in content["edges"].items()}
@@ -387,6 +399,15 @@ def is_name(key: object, place: str) -> bool:
     if not isinstance(key, str):
         raise GraphError(f"{place} has the key {key!r}. JSON has only texts as keys.")
     return True
+
+
+def file_of(path: Path) -> Path:
+    """The file itself, or the one that `mechinterp discover` wrote into this folder."""
+    if not path.is_dir():
+        return path
+    if not (path / "circuit.json").is_file():
+        raise FileFormatError(f"{path} is a folder without a circuit.json. Give the file that Circuit.save() wrote.")
+    return path / "circuit.json"
 
 
 def read_content(path: Path) -> dict[str, Any]:

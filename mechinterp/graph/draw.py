@@ -17,6 +17,7 @@ from mechinterp.graph.connect import best_connected
 from mechinterp.graph.dot import edge_ids, to_dot
 from mechinterp.graph.graph import index_of
 from mechinterp.graph.html import to_page
+from mechinterp.graph.nodes import node_name
 from mechinterp.graph.svg import clean_svg
 
 __all__ = ["Diagram", "draw"]
@@ -36,9 +37,10 @@ def draw(
     """What does the circuit look like?
 
     Layers are rows, ``embed`` at the bottom and ``logits`` at the top. Blue solid edges have positive scores,
-    orange dashed ones negative scores, and the width grows with the square root of the size. Edges enter a
-    head at its port q, k or v. KV heads of grouped-query models are joined to their query heads by dotted
-    lines.
+    orange dashed ones negative scores, and the width grows with the square root of the size (from 20 edges on
+    up to their 98th percentile, which the key says). Edges enter a head at its port q, k or v. KV heads of
+    grouped-query models are joined to their query heads by dotted lines. Layers that the picture does not
+    need are left out, which three dots at the left say.
 
     Parameters
     ----------
@@ -46,14 +48,14 @@ def draw(
         What to draw.
     max_edges
         Draw at most so many edges: the strongest ones that are connected among themselves. What is left out
-        is said in the caption. A hundred edges are legible on a page, a thousand on a screen that one can
-        zoom.
+        is said in the caption. Forty edges are legible in a paper, a hundred on a page of their own, more on a
+        screen that one can zoom.
     connected
         False draws edges also where no path from embed to logits uses them.
     title
         Default: task, model and method from the circuit's provenance. ``""`` for none.
     labels
-        A second line for some nodes, ``{"a9.h6": "name mover"}``.
+        A second line for some nodes, ``{"a9.h6": "name mover"}``; ``"L9.H6"`` names the same head.
 
     Returns
     -------
@@ -78,12 +80,13 @@ def draw(
     """
     if not isinstance(max_edges, int) or isinstance(max_edges, bool) or max_edges < 1:
         raise GraphError(f"max_edges={max_edges!r} is not a number of edges. Give a whole number of at least 1.")
-    for name in labels or {}:
+    named = {node_name(name): label for name, label in (labels or {}).items()}
+    for name in named:
         circuit.shape.parse(name)
     title = circuit.origin if title is None else title
     drawable = circuit.connected() if connected else circuit
     shown = strongest(drawable, max_edges, connected)
-    return Diagram(shown, title=title, caption=caption_of(circuit, shown, connected), labels=labels or {}, of=circuit)
+    return Diagram(shown, title=title, caption=caption_of(circuit, shown, connected), labels=named, of=circuit)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -141,7 +144,8 @@ class Diagram:
 
         agraph = pygraphviz.AGraph(text)
         if format == "png":
-            agraph.graph_attr["dpi"] = str(PNG_DPI)
+            # Opaque: on a dark page dark lines on nothing would be lost.
+            agraph.graph_attr.update(dpi=str(PNG_DPI), bgcolor="#ffffff")
         return bytes(agraph.draw(format=format, prog="nop2"))
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -26,6 +26,7 @@ SCORED_PORTS: Final = ("q", "k", "v", "in")
 STRUCTURAL_PORT: Final = "kv"
 
 _NODE = re.compile(r"a(?P<head_layer>\d+)\.(?P<kind>h|kv)(?P<index>\d+)|m(?P<mlp_layer>\d+)", re.ASCII)
+_SITE = re.compile(r"L(?P<layer>\d+)\.(?:H(?P<head>\d+)(?:\.z|\.head_out)?|KV(?P<kv>\d+)|mlp(?:_out)?)", re.ASCII | re.IGNORECASE)
 _EDGE = re.compile(r"(?P<src>[^<>\s-]+)\s*->\s*(?P<dst>[^<>\s-]+?)\s*(?:<(?P<port>\w+)>)?", re.ASCII)
 
 
@@ -82,6 +83,23 @@ def parse_node(name: str) -> Node:
     if match["mlp_layer"] is not None:
         return Node("mlp", int(match["mlp_layer"]))
     return Node("head" if match["kind"] == "h" else "kv", int(match["head_layer"]), int(match["index"]))
+
+
+def node_name(text: str) -> str:
+    """The name of a node, also where it is written as a site is; a text that is neither comes back as it is.
+
+    Examples
+    --------
+    >>> node_name("L0.H3"), node_name("L2.mlp_out"), node_name("a0.h3")
+    ('a0.h3', 'm2', 'a0.h3')
+    """
+    match = _SITE.fullmatch(text)
+    if match is None:
+        return text
+    layer = int(match["layer"])
+    if match["head"]:
+        return str(Node("head", layer, int(match["head"])))
+    return str(Node("kv", layer, int(match["kv"])) if match["kv"] else Node("mlp", layer))
 
 
 class Edge(NamedTuple):

@@ -214,6 +214,25 @@ def test_broken_files_say_what_is_wrong(tmp_path: Path, content: object, message
     assert str(path) in str(caught.value)
 
 
+def test_a_folder_stands_for_the_circuit_in_it(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError) as caught:
+        Circuit.load(tmp_path)
+    assert str(caught.value) == f"{tmp_path} is a folder without a circuit.json. Give the file that Circuit.save() wrote."
+    circuit = Circuit.from_edges(TOY, ["embed->logits"])
+    circuit.save(tmp_path / "circuit.json")
+    assert Circuit.load(tmp_path) == circuit
+
+
+@pytest.mark.parametrize("name", ["ioi.svg", "ioi.PNG", "ioi.html"])
+def test_pictures_are_drawn_not_saved(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileFormatError) as caught:
+        Circuit.from_edges(TOY, ["embed->logits"]).save(tmp_path / name)
+    assert str(caught.value) == (
+        f"{name!r} ends like a picture, and a circuit is saved as JSON. For the picture: mi.draw(circuit).save({name!r})"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_binary_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_bytes(b"\x80\xff\x00")
     with pytest.raises(FileFormatError, match="is not JSON"):
