@@ -128,7 +128,7 @@ def evaluate(
         What edges outside of the circuit carry: an `Ablation` or its name, see `mechinterp.run_circuits`. A circuit is judged
         by the ablation that it was found with: under zeros or means, edges that carry the same in every prompt count too.
     random_circuits
-        How many random circuits with the same number of connected edges, of the same kinds, to run beside it.
+        How many random circuits with the same number of connected edges, of kinds in about the same shares, to run beside it.
     resamples, confidence
         Bootstrap over prompts for the interval of faithfulness.
     metric, progress

@@ -17,7 +17,7 @@ import networkx as nx
 
 from mechinterp.errors import FileFormatError, GraphError, missing_extra
 from mechinterp.graph.graph import build_graph, index_of
-from mechinterp.graph.nodes import Edge, GraphShape
+from mechinterp.graph.nodes import Edge, GraphShape, counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,7 +220,7 @@ class Circuit:
     def _check_same_shape(self, other: Circuit) -> None:
         if self.shape != other.shape:
             raise GraphError(
-                f"These circuits are of different models: {self.shape} and {other.shape}. "
+                f"These circuits are of different models: one of {self.shape}, and one of {other.shape}. "
                 "Only circuits of one shape can be combined or compared."
             )
 
@@ -319,8 +319,8 @@ class Circuit:
     # --- showing it
 
     def __repr__(self) -> str:
-        edges = f"{len(self)} edges ({self.n_connected} connected) of {self.shape.n_edges}"
-        return f"Circuit: {edges}, {len(self.nodes)} nodes" + (f", {self.origin}" if self.origin else "")
+        edges = f"{counted(len(self), 'edge')} ({self.n_connected} connected) of {self.shape.n_edges}"
+        return f"Circuit: {edges}, {counted(len(self.nodes), 'node')}" + (f", {self.origin}" if self.origin else "")
 
     def _repr_svg_(self) -> str | None:
         # Imported here because drawing builds on circuits.

@@ -17,7 +17,7 @@ from mechinterp.graph.connect import best_connected
 from mechinterp.graph.dot import edge_ids, to_dot
 from mechinterp.graph.graph import index_of
 from mechinterp.graph.html import to_page
-from mechinterp.graph.nodes import node_name
+from mechinterp.graph.nodes import counted, node_name
 from mechinterp.graph.svg import clean_svg
 
 __all__ = ["Diagram", "draw"]
@@ -176,8 +176,8 @@ class Diagram:
 
     def __repr__(self) -> str:
         of = self.of or self.circuit
-        drawn = f"{len(self.circuit)} edges and {len(self.circuit.nodes)} nodes"
-        return f"Diagram: {drawn} of a circuit of {len(of)} edges"
+        drawn = f"{counted(len(self.circuit), 'edge')} and {counted(len(self.circuit.nodes), 'node')}"
+        return f"Diagram: {drawn} of a circuit of {counted(len(of), 'edge')}"
 
     def _repr_svg_(self) -> str | None:
         # Without pygraphviz a notebook shows the one-line repr; asking for the picture by name still raises.
@@ -207,13 +207,13 @@ def caption_of(circuit: Circuit, shown: Circuit, connected: bool) -> str:
     """What is drawn, and what is left out."""
     total, reach = len(circuit), circuit.n_connected
     if len(shown) == total:
-        drawn = f"All {total} edges of the circuit"
+        drawn = f"All {total} edges of the circuit" if total != 1 else "The one edge of the circuit"
     elif connected and len(shown) == reach:
-        drawn = f"The {reach} edges on paths from embed to logits, of {total} in the circuit"
+        drawn = f"The {counted(reach, 'edge')} on paths from embed to logits, of {total} in the circuit"
     elif connected and reach < total:
-        drawn = f"The strongest {len(shown)} that connect, of {reach} edges on paths from embed to logits; "
+        drawn = f"The strongest {len(shown)} that connect, of {counted(reach, 'edge')} on paths from embed to logits; "
         drawn += f"{total} in the circuit"
     else:
         which = f"The strongest {len(shown)}" + (" that connect," if connected else "")
-        drawn = f"{which} of {total} edges in the circuit"
+        drawn = f"{which} of {counted(total, 'edge')} in the circuit"
     return f"{drawn}, {circuit.shape.n_edges} in the model."

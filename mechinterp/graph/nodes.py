@@ -85,6 +85,11 @@ def parse_node(name: str) -> Node:
     return Node("head" if match["kind"] == "h" else "kv", int(match["head_layer"]), int(match["index"]))
 
 
+def counted(n: int, noun: str) -> str:
+    """A number and its noun: "1 edge", "2 edges"."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def node_name(text: str) -> str:
     """The name of a node, also where it is written as a site is; a text that is neither comes back as it is.
 
@@ -185,6 +190,11 @@ class GraphShape:
             raise GraphError(
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} KV heads evenly. n_kv_heads must divide n_heads."
             )
+
+    def __str__(self) -> str:
+        shared = f", {self.n_kv_heads} KV heads" if self.grouped else ""
+        extra = (", attention and MLP in parallel" if self.parallel else "") + (", without MLPs" if self.attn_only else "")
+        return f"{counted(self.n_layers, 'layer')} of {counted(self.n_heads, 'head')}{shared}{extra}"
 
     @classmethod
     def of(cls, source: object) -> GraphShape:

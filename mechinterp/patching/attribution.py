@@ -112,7 +112,7 @@ def attribute(
     with progress_bar(len(parts) * (2 + 2 * len(points)), f"attribute {unit}s", show=progress) as bar:
         for part in parts:
             runs = compare_runs(model, part, scorer.wanted | Selection((EMBED,)), metric=metric, direction=direction)
-            check_gradient(runs, points)
+            check_gradient(runs.metric, direction, points)
             bar.update(2)
             scores.append(scorer.score(runs, points, bar))
             clean.append(runs.measure(runs.clean_logits))
