@@ -42,12 +42,13 @@ AnyMetric = Annotated[
 REPEATING = ("induction", "gqa_induction", "trained")
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool | None) -> bool:
     if asked:
         import mechinterp
 
         print(f"mechinterp {mechinterp.__version__}")
         raise typer.Exit()
+    return False
 
 
 @app.callback()

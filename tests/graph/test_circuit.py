@@ -114,7 +114,10 @@ def test_set_algebra_is_that_of_sets() -> None:
     assert left.iou(right) == right.iou(left) == 10 / 40
     assert left.iou(left) == Circuit.empty(TOY).iou(Circuit.empty(TOY)) == 1.0
     assert (left | right).provenance["left"] == {"method": "left"}
-    with pytest.raises(GraphError, match=r"These circuits are of different models: .* Only circuits of one shape"):
+    with pytest.raises(
+        GraphError,
+        match=r"of different models: one of \d+ layers of \d+ heads.*, and one of .* Only circuits of one shape",
+    ):
         left.iou(Circuit.empty(GROUPED))
 
 

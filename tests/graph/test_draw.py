@@ -213,6 +213,21 @@ def test_labels_may_name_sites() -> None:
         draw(circuit, labels={"L9.H0": "x"})
 
 
+def test_one_edge_is_not_edges() -> None:
+    one = Circuit.from_edges(TOY, ["embed->logits"])
+    assert repr(one) == "Circuit: 1 edge (1 connected) of 46, 2 nodes"
+    assert repr(draw(one)) == "Diagram: 1 edge and 2 nodes of a circuit of 1 edge"
+    assert draw(one).caption == "The one edge of the circuit, 46 in the model."
+
+
+def test_pages_open_at_full_width() -> None:
+    """The view is cut to the window's proportions; the whole picture is a button away."""
+    page = draw(circuit_of(20)).html
+    assert "if (opened.width > 0) view[3] = Math.min(whole[3], whole[2] * opened.height / opened.width);" in page
+    # And the box to find nodes understands "L9.H6".
+    assert '.replace(/^l(\\d+)\\.(h|kv)/, "a$1.$2")' in page
+
+
 def test_titles() -> None:
     assert draw(circuit_of(5)).title == "ioi on toy by eap"
     assert draw(circuit_of(5), title="").title == ""
