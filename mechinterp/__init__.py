@@ -127,7 +127,9 @@ def __getattr__(name: str) -> Any:
     elif name in ("tasks", "toys"):
         value = import_module(f"mechinterp.{name}")
     else:
-        raise AttributeError(f"mechinterp has no {name!r}; it has {', '.join(__all__)}")
+        from mechinterp.errors import did_you_mean
+
+        raise AttributeError(f"mechinterp has no {name!r}. {did_you_mean(name, __all__)}")
     globals()[name] = value
     return value
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from mechinterp.errors import MechInterpError, did_you_mean
+from mechinterp.graph.nodes import counted
 
 __all__ = ["main"]
 
 PLOTS = (".png", ".svg", ".pdf")
 
+PAIR = '{"clean": "...", "corrupt": "...", "right": " a", "wrong": " b"}'
+
 app = typer.Typer(
-    help="Find, judge and draw the circuits of a language model.\n\n"
-    "Try: mechinterp discover induction --model toy:induction --edges 20 --out circuits/toy",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,21 +29,92 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="smollm2, toy:induction, a hub name, a local folder or a .gguf file.")]
+TaskName = Annotated[str, typer.Argument(help="A task of `mechinterp tasks`, or a name for your --pairs.")]
 TaskFile = Annotated[Path | None, typer.Option("--pairs", help="Your own pairs as JSON lines, instead of a named task.")]
-Count = Annotated[int, typer.Option(min=2, help="How many pairs of prompts; half of them are held out.")]
-Seed = Annotated[int, typer.Option(help="Of the prompts, the split, the random circuits and the bootstrap.")]
-MetricName = Annotated[str | None, typer.Option(help="logit_diff, prob_diff, log_prob, kl. Default: the task's own.")]
+# Gradients need a slope, which accuracy has none of.
+SlopedMetric = Annotated[
+    str | None, typer.Option("--metric", help="logit_diff, prob_diff, log_prob, kl (with eap-ig). Default: the task's own.")
+]
+AnyMetric = Annotated[
+    str | None, typer.Option("--metric", help="logit_diff, prob_diff, log_prob, accuracy, kl. Default: the task's own.")
+]
+# Toys whose model was made for (or trained on) repeated words.
+REPEATING = ("induction", "gqa_induction", "trained")
 
 
-def _task(model: Any, name: str, pairs: Path | None, n: int, seed: int) -> Any:
+def _version(asked: bool | None) -> bool:
+    if asked:
+        import mechinterp
+
+        print(f"mechinterp {mechinterp.__version__}")
+        raise typer.Exit()
+    return False
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which version this is, and stop.")
+    ] = False,
+) -> None:
+    """Find, judge and draw the circuits of a language model.
+
+    Try: mechinterp discover induction --model toy:induction --edges 20 --out circuits/toy
+    """
+
+
+# --- prompts
+
+
+def _check_names(model: str, task: str, pairs: Path | None, metric: str | None) -> None:
+    """Refuse what can be seen to be wrong before a model is loaded."""
+    from mechinterp.tasks import resolve_task
+    from mechinterp.tasks.metrics import check_metric_name
+
+    if metric is not None:
+        check_metric_name(metric)
+    if pairs is not None:
+        if not pairs.is_file():
+            raise MechInterpError(f"there is no file of pairs {pairs}; give JSON lines, see `mechinterp tasks`")
+        return
+    name = model.removeprefix("toy:")
+    if task == "toy":
+        if name == model:
+            raise MechInterpError(f"the task 'toy' belongs to the toys, and {model} is none; see `mechinterp tasks`")
+        return
+    made = resolve_task(task)
+    from mechinterp.toys import NAMES
+
+    if name != model and name in NAMES and not (made.__name__ == "induction" and name in REPEATING):
+        fits = "'induction' or 'toy'" if name in REPEATING else "'toy'"
+        raise MechInterpError(f"{model} cannot do the task {task!r}: it was made for {fits}, its own")
+
+
+def _task(model: Any, name: str, pairs: Path | None, n: int | None, seed: int, *, usual: int) -> Any:
+    """The prompts of a command: pairs from a file, a toy's own task, or a named one."""
     from mechinterp import tasks
 
     if pairs is not None:
-        return tasks.Task.from_jsonl(pairs, _tokenizer(model), name=name)
+        task = tasks.Task.from_jsonl(pairs, _tokenizer(model), name=name)
+        task = replace(task, provenance={**task.provenance, "path": str(pairs)})
+        return task if n is None else task.sample(n, seed=seed)
+    if name == "toy":
+        return _own_task(model.name.removeprefix("toy:"), n, seed, usual=usual)
     make = tasks.resolve_task(name)
-    if name == "induction":
+    n = usual if n is None else n
+    if make is tasks.induction:
         return make(model.tokenizer or model.cfg.d_vocab, n=n, seed=seed)
     return make(_tokenizer(model), n=n, seed=seed)
+
+
+def _own_task(toy: str, n: int | None, seed: int, *, usual: int) -> Any:
+    """The task that a toy was made for; of one that draws nothing, a sample."""
+    from mechinterp import toys
+
+    make = getattr(toys, toy)
+    if "n" in signature(make).parameters:
+        return make(n=usual if n is None else n, seed=seed).task
+    return make().task if n is None else make().task.sample(n, seed=seed)
 
 
 def _tokenizer(model: Any) -> Any:
@@ -50,62 +125,141 @@ def _tokenizer(model: Any) -> Any:
     return model.tokenizer
 
 
+def _fresh(circuit: Any, model: Any, name: str | None, pairs: Path | None, n: int | None, seed: int) -> Any:
+    """Prompts to judge a circuit on: never those that found it."""
+    origin = circuit.provenance
+    made = origin.get("task_provenance", {})
+    same = name is None or name == origin.get("task")
+    if same and pairs is None and made.get("generator") == "from_jsonl":
+        pairs = Path(made.get("path", made["file"]))
+        if not pairs.is_file():
+            raise MechInterpError(f"the circuit was found on pairs of {pairs}, which is not here; pass --pairs FILE")
+    if pairs is not None:
+        whole = _task(model, name or origin.get("task", pairs.stem), pairs, None, seed, usual=0)
+        if whole.provenance["sha256"] == made.get("sha256"):
+            whole = _other_side(whole, origin)
+        return whole if n is None else whole.sample(n, seed=seed)
+    own = same and made.get("generator") == "toys"
+    if own and "seed" not in made:
+        whole = _other_side(_task(model, "toy", None, None, seed, usual=0), origin)
+        return whole if n is None else whole.sample(n, seed=seed)
+    if same and seed == made.get("seed"):
+        raise MechInterpError(
+            f"--seed {seed} made the prompts that this circuit was found on, and it is judged on new ones; "
+            f"give another, such as --seed {seed + 1}"
+        )
+    return _task(model, "toy" if own else name or origin["task"], None, n, seed, usual=32)
+
+
+def _other_side(whole: Any, origin: Mapping[str, Any]) -> Any:
+    """The pairs of a file that were held out when the circuit was found."""
+    made = origin["task_provenance"]
+    if "sample" in made:
+        whole = whole.sample(made["sample"], seed=made["sample_seed"])
+    if "split_seed" in made:
+        found_on, held_out = whole.split(made["split_held_out"], seed=made["split_seed"])
+        if made["split"] == "held_out":
+            found_on, held_out = held_out, found_on
+        if len(found_on) == origin["prompts"]:
+            _say(f"the {len(held_out)} pairs that were held out when the circuit was found")
+            return held_out
+    raise MechInterpError(
+        "the circuit was found on these pairs, and which of them were held out is not recorded; pass --pairs with others"
+    )
+
+
+# --- files
+
+
+def _circuit(file: Path) -> Any:
+    from mechinterp.graph import Circuit
+
+    if not file.exists():
+        raise MechInterpError(f"there is no {file}; give the circuit.json that `mechinterp discover` wrote, or its folder")
+    return Circuit.load(file)
+
+
+def _check_folder(folder: Path, task: str, model: str, force: bool) -> None:
+    """Refuse to write over the circuit of another task or model."""
+    from mechinterp.graph import Circuit
+
+    if folder.exists() and not folder.is_dir():
+        raise MechInterpError(f"{folder} is a file; --out names a folder, into which circuit.json and the rest are written")
+    if force or not (folder / "circuit.json").exists():
+        return
+    origin = Circuit.load(folder).provenance
+    if (origin.get("task"), origin.get("model")) != (task, model):
+        raise MechInterpError(
+            f"{folder} holds the circuit of {origin.get('task')} in {origin.get('model')}; choose another --out, "
+            "or write over it with --force"
+        )
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
 @app.command()
 def discover(
-    task: Annotated[str, typer.Argument(help="A task of `mechinterp tasks`, or a name for your --pairs.")],
+    task: TaskName,
     model: Model = "smollm2",
-    edges: Annotated[int, typer.Option(min=1, help="How many connected edges to keep.")] = 200,
-    out: Annotated[Path | None, typer.Option(help="Folder for circuit.json, diagram.svg, diagram.html, report.md.")] = None,
+    edges: Annotated[
+        int | None, typer.Option(min=1, help="How many connected edges to keep. Default: 200, or all in a smaller model.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for circuit.json, diagram.svg, diagram.html, report.md. Default: circuits/TASK-MODEL."),
+    ] = None,
     method: Annotated[str, typer.Option(help="eap or eap-ig.")] = "eap-ig",
     selection: Annotated[Literal["connected", "top", "greedy"], typer.Option(help="How edges are chosen.")] = "connected",
     steps: Annotated[int, typer.Option(min=1, help="Points of the path for eap-ig.")] = 5,
-    n: Count = 64,
-    seed: Seed = 0,
-    metric: MetricName = None,
+    n: Annotated[
+        int | None,
+        typer.Option(min=2, help="How many pairs: half find the circuit, half judge it. Default: 64; all of --pairs."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts (or which of --pairs), the split, random circuits, bootstrap.")] = 0,
+    metric: SlopedMetric = None,
     pairs: TaskFile = None,
     random_circuits: Annotated[int, typer.Option(min=0, help="Random circuits of equal size to compare with.")] = 5,
     heads: Annotated[int, typer.Option(min=1, help="How many heads the report describes.")] = 12,
+    force: Annotated[bool, typer.Option("--force", help="Write over the circuit of another task or model.")] = False,
 ) -> None:
     """Find the circuit of a task, judge it on held-out prompts, and write graph, diagrams and report."""
     import mechinterp as mi
+    from mechinterp.discovery.discover import check_choices
     from mechinterp.discovery.report import save_all
+    from mechinterp.patching.gradients import check_gradient, path_points
 
     started = time.perf_counter()
+    check_choices(method, selection)
+    _check_names(model, task, pairs, metric)
+    if metric is not None:
+        check_gradient(mi.tasks.METRICS[metric], "noise", path_points(0 if method == "eap" else steps))
     _say(f"loading {model}")
     loaded = mi.load(model)
-    prompts = _task(loaded, task, pairs, n, seed)
+    prompts = _task(loaded, task, pairs, n, seed, usual=64)
+    folder = out or Path("circuits") / f"{prompts.name}-{loaded.name}".replace(":", "-").replace("/", "-")
+    _check_folder(folder, prompts.name, loaded.name, force)
     found_on, held_out = prompts.split(seed=seed)
     _say(f"{prompts!r}; {len(found_on)} to find the circuit, {len(held_out)} to judge it")
-    circuit = mi.discover(
-        loaded,
-        found_on,
-        method=method,
-        edges=min(edges, mi.GraphShape.of(loaded).n_edges),
-        selection=selection,
-        steps=steps,
-        metric=metric,
-        progress=True,
-    )
+    options: dict[str, Any] = {"method": method, "edges": edges, "selection": selection, "steps": steps, "metric": metric}
+    circuit = mi.discover(loaded, found_on, progress=True, **options)
     report = mi.evaluate(circuit, loaded, held_out, seed=seed, random_circuits=random_circuits, metric=metric, progress=True)
     stories = mi.describe(circuit, loaded, found_on, heads=heads)
-    folder = out or Path("circuits") / f"{task}-{loaded.name}".replace(":", "-").replace("/", "-")
     command = ["mechinterp", *sys.argv[1:]]
     paths = save_all(folder, circuit, report, stories, command=command, seconds=time.perf_counter() - started)
     low, high = report.faithfulness_interval
     chance = sum(report.random_faithfulness) / max(1, len(report.random_faithfulness))
-    roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if abs(story.effect) >= 0.005)
-    print(
-        f"circuit        {report.connected} connected edges of {report.all_edges}, {report.nodes} nodes ({method}, {selection})"
-    )
-    print(f"task           {report.task} on {report.model}, {len(found_on)} prompts to find it, {report.prompts} held out")
+    rivals = f", random circuits {chance:.3f}" if report.random_faithfulness else ""
+    roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if story.clear)
+    kept = counted(report.connected, "connected edge")
+    print(f"circuit        {kept} of {report.all_edges}, {counted(report.nodes, 'node')} ({method}, {selection})")
+    found = counted(len(found_on), "prompt")
+    print(f"task           {report.task} on {report.model}, {found} to find it, {report.prompts} held out")
     print(f"{report.metric:<14} clean {report.clean:.3f}, corrupt {report.corrupt:.3f}, circuit {report.circuit:.3f}")
     print(f"accuracy       model {report.model_accuracy:.3f}, circuit {report.circuit_accuracy:.3f}")
-    print(f"faithfulness   {report.faithfulness:.3f} ({low:.3f} to {high:.3f}), random circuits {chance:.3f}")
-    print(f"heads          {roles}")
+    print(f"faithfulness   {report.faithfulness:.3f} ({low:.3f} to {high:.3f}){rivals}")
+    print(f"heads          {roles or 'none with a clear effect'}")
     print(
         f"cost           {circuit.provenance['forwards'] + report.forwards} forward, "
         f"{circuit.provenance['backwards']} backward passes"
@@ -117,57 +271,70 @@ def discover(
 
 @app.command()
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="A circuit.json.")],
+    file: Annotated[Path, typer.Argument(help="A circuit.json, or the folder that `mechinterp discover` wrote.")],
     task: Annotated[str | None, typer.Option(help="Default: the task that the file was found on.")] = None,
     model: Annotated[str | None, typer.Option(help="Default: the model that the file was found on.")] = None,
-    n: Count = 32,
-    seed: Annotated[int, typer.Option(help="Of the prompts: other than the one that found it, so that they are new.")] = 1,
-    metric: MetricName = None,
-    pairs: TaskFile = None,
+    n: Annotated[
+        int | None, typer.Option(min=2, help="How many fresh pairs. Default: 32; all of --pairs that did not find the circuit.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the fresh prompts, random circuits, bootstrap. Default: one more than the seed that found it."),
+    ] = None,
+    metric: AnyMetric = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Your own pairs as JSON lines. Default, where the circuit was found on such: the held-out ones."),
+    ] = None,
     random_circuits: Annotated[int, typer.Option(min=0, help="Random circuits of equal size to compare with.")] = 5,
     ablation: Annotated[
         str, typer.Option(help="What edges outside carry: zero, mean, mean-pos, resample, resample-shuffled, optimal.")
     ] = "resample",
 ) -> None:
-    """Judge a saved circuit on fresh prompts."""
+    """Judge a saved circuit on prompts that did not find it."""
     import mechinterp as mi
 
-    circuit = mi.Circuit.load(file)
+    circuit = _circuit(file)
     origin = circuit.provenance
     source = model or origin.get("model")
     name = task or origin.get("task")
     if not isinstance(source, str) or not isinstance(name, str):
         raise MechInterpError(f"{file} does not say its model and task; pass --model and --task")
+    if task is not None or metric is not None or pairs is not None:
+        _check_names(source, task or "induction", pairs, metric)
+    made = origin.get("task_provenance", {})
+    first = made.get("seed", made.get("split_seed", 0))
+    seed = first + 1 if seed is None else seed
     loaded = mi.load(source)
-    prompts = _task(loaded, name, pairs, n, seed)
+    prompts = _fresh(circuit, loaded, task, pairs, n, seed)
     chosen: dict[str, Any] = {"ablation": ablation, "random_circuits": random_circuits, "metric": metric}
     print(mi.evaluate(circuit, loaded, prompts, seed=seed, progress=True, **chosen))
 
 
 @app.command()
 def draw(
-    file: Annotated[Path, typer.Argument(help="A circuit.json.")],
+    file: Annotated[Path, typer.Argument(help="A circuit.json, or the folder that `mechinterp discover` wrote.")],
     out: Annotated[
         Path | None, typer.Option(help="A .svg, .png, .pdf, .dot or .html file. Default: diagram.svg beside it.")
     ] = None,
-    max_edges: Annotated[int, typer.Option(min=1, help="Draw at most so many edges, the strongest.")] = 100,
+    max_edges: Annotated[int, typer.Option(min=1, help="Draw at most so many edges, the strongest.")] = 40,
     title: Annotated[str | None, typer.Option(help="Default: task, model and method.")] = None,
 ) -> None:
     """Draw a saved circuit."""
     import mechinterp as mi
 
-    target = out or file.with_name("diagram.svg")
-    print(mi.draw(mi.Circuit.load(file), max_edges=max_edges, title=title).save(target))
+    target = out or (file if file.is_dir() else file.parent) / "diagram.svg"
+    print(mi.draw(_circuit(file), max_edges=max_edges, title=title).save(target))
 
 
 @app.command()
 def patch(
-    task: Annotated[str, typer.Argument(help="A task of `mechinterp tasks`, or a name for your --pairs.")],
+    task: TaskName,
     at: Annotated[str, typer.Argument(help="A selector, such as 'L*.H*.z' or 'L*.resid_post'.")] = "L*.H*.z",
     model: Model = "smollm2",
-    n: Count = 8,
-    seed: Seed = 0,
-    metric: MetricName = None,
+    n: Annotated[int | None, typer.Option(min=1, help="How many pairs of prompts. Default: 8; all of --pairs.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts, or of which of --pairs are taken.")] = 0,
+    metric: AnyMetric = None,
     direction: Annotated[
         Literal["denoise", "noise"], typer.Option(help="Clean into corrupt, or corrupt into clean.")
     ] = "denoise",
@@ -180,8 +347,10 @@ def patch(
 
     if out is not None and out.suffix not in PLOTS:
         raise MechInterpError(f"{out} does not end like a plot that can be drawn. {did_you_mean(out.suffix, PLOTS)}")
+    _check_names(model, task, pairs, metric)
     loaded = mi.load(model)
-    effects = mi.patch(loaded, _task(loaded, task, pairs, n, seed), at, metric=metric, direction=direction, progress=True)
+    prompts = _task(loaded, task, pairs, n, seed, usual=8)
+    effects = mi.patch(loaded, prompts, at, metric=metric, direction=direction, progress=True)
     print(f"{effects.quantity}; clean {effects.baseline['clean']:.3f}, corrupt {effects.baseline['corrupt']:.3f}")
     for name, value in effects.top(top):
         print(f"{name:<16} {value:+.3f}")
@@ -197,15 +366,19 @@ def tasks() -> None:
 
     for name, line in describe_tasks().items():
         print(f"{name:<14} {line}")
+    print(f"{'toy':<14} What was this toy made for? The own task of a model `toy:...`, see `mechinterp models`")
+    print(f"{'any name':<14} with --pairs FILE, your own: a line holds {PAIR}")
 
 
 @app.command()
 def models() -> None:
-    """List the models that need no hub."""
+    """List the models that need no hub, and the tasks that fit them."""
     from mechinterp.zoo import describe_models
 
     for name, line in describe_models().items():
-        print(f"{name:<22} {line}")
+        toy = name.removeprefix("toy:")
+        fits = "ioi, greater_than, induction" if toy == name else "induction, toy" if toy in REPEATING else "toy"
+        print(f"{name:<22} {line}. Tasks: {fits}")
 
 
 def main() -> None:

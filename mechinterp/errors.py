@@ -36,6 +36,7 @@ __all__ = [
     "SiteError",
     "TaskError",
     "did_you_mean",
+    "missing_extra",
 ]
 
 
@@ -103,3 +104,14 @@ def did_you_mean(asked: object, known: Iterable[object], *, limit: int = 3) -> s
         return "Did you mean " + " or ".join(repr(name) for name in near) + "?"
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else ".")
     return f"There are: {shown}" if names else "There are none."
+
+
+def missing_extra(what: str, package: str, extra: str) -> MissingExtraError:
+    """The error for an optional dependency that is not there, with the command that installs it.
+
+    Examples
+    --------
+    >>> print(missing_extra("drawing a circuit", "pygraphviz", "draw"))
+    drawing a circuit needs pygraphviz. Run: pip install 'mechinterp-hooks[draw]'
+    """
+    return MissingExtraError(f"{what} needs {package}. Run: pip install 'mechinterp-hooks[{extra}]'")

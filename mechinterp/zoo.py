@@ -75,6 +75,11 @@ def load(
     >>> mi.load("toy:induction").cfg.n_layers
     2
     """
+    if not isinstance(source, str | os.PathLike | nn.Module | Model):
+        raise ModelError(
+            f"a model cannot be loaded from a {type(source).__name__}: give a name such as 'smollm2', a folder, "
+            "a .gguf file or a Hugging Face module"
+        )
     if sites is not None or example is not None:
         if sites is None or example is None or not isinstance(source, nn.Module):
             raise ModelError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.core.resampling import adjusted, bootstrap_interval, sign_flip
-from mechinterp.errors import EditError, MissingExtraError
+from mechinterp.errors import EditError, MissingExtraError, missing_extra
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,7 +155,7 @@ class Effects:
         try:
             import pandas as pd
         except ImportError:
-            raise MissingExtraError("tables need pandas: pip install pandas") from None
+            raise missing_extra("a table", "pandas", "frames") from None
         values, errors = self.values.flatten().tolist(), self.standard_error.flatten().tolist()
         if self.axes == ("edge",):
             frame = pd.DataFrame(list(self.coords["edge"]), columns=["src", "dst", "port"])
@@ -180,7 +180,7 @@ class Effects:
         try:
             from matplotlib.figure import Figure as MplFigure
         except ImportError:
-            raise MissingExtraError("plots need matplotlib: pip install matplotlib") from None
+            raise missing_extra("a plot", "matplotlib", "draw") from None
         if len(self.axes) == 2:
             return self._heatmap(MplFigure)
         return self._bars(MplFigure)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mechinterp.core.arguments import check_model
 from mechinterp.core.cache import Cache
 from mechinterp.core.edits import Edit, Project
 from mechinterp.core.hooks import HookRegistry
@@ -72,7 +73,7 @@ def run(
     model: Model,
     prompts: Runnable,
     *,
-    edits: Iterable[Edit] = (),
+    edits: Edit | Iterable[Edit] = (),
     capture: str | Site | Selection | None = None,
     keep: Iterable[int] | None = None,
     logits: bool = True,
@@ -93,7 +94,7 @@ def run(
         padded on the right where they differ in length. Padding changes nothing at real positions, and ``[-1]`` is the
         last real one of each prompt.
     edits
-        Applied by priority, then in this order.
+        One, or several: applied by priority, then in this order.
     capture
         A selector of activations to keep.
     keep
@@ -147,8 +148,9 @@ def run(
     >>> short["L0.attn_out[-1]"].shape == (2, model.cfg.d_model)
     True
     """
+    check_model(model, prompts)
     given = batch_of(model, prompts, mask)
-    edits = tuple(edits)
+    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
     selection = Selection(()) if capture is None else select(capture, model.cfg)
     keep = None if keep is None else tuple(keep)
     _check(model, given, edits, selection, keep=keep, logits=logits, grad=grad, stored=store is not None, batch=batch)

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from mechinterp.core.sites import KINDS, Site, SiteKind
 from mechinterp.errors import SelectorError, SiteError, did_you_mean
@@ -59,6 +59,14 @@ class Sized(Protocol):
     def d_head(self) -> int: ...
     @property
     def d_mlp(self) -> int: ...
+
+
+@runtime_checkable
+class Configured(Protocol):
+    """A loaded model, which has such a shape."""
+
+    @property
+    def cfg(self) -> Any: ...
 
 
 @runtime_checkable
@@ -141,7 +149,7 @@ class Selection:
         return f"Selection({shown}{f', ... {len(self)} sites' if len(self) > 6 else ''})"
 
 
-def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized | Named) -> Selection:
+def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized | Named | Configured) -> Selection:
     """Which activations does this pattern name, on a model of this shape?
 
     Parameters
@@ -149,7 +157,7 @@ def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized | 
     pattern
         A pattern (see the module's grammar), a `Site`, a `Selection`, or several of them.
     cfg
-        The shape of the model: ``model.cfg``.
+        The model, or its shape: ``model.cfg``.
 
     Raises
     ------
@@ -167,6 +175,7 @@ def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized | 
     >>> len(select("L*.H*.z | L*.mlp_out", cfg))
     156
     """
+    cfg = cfg.cfg if isinstance(cfg, Configured) else cfg
     if isinstance(pattern, Selection):
         if not pattern.sites:
             raise SelectorError("an empty selection selects nothing; was it an intersection or a difference?")
@@ -183,7 +192,7 @@ def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized | 
     return found
 
 
-def _checked(site: Site, cfg: Sized | Named) -> Site:
+def _checked(site: Site, cfg: Any) -> Site:
     sites = select(str(site), cfg).sites
     if len(sites) != 1:
         raise SelectorError(

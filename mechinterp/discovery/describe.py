@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
 from mechinterp.core.run import run
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
-from mechinterp.graph import Circuit, Edge, parse_node
+from mechinterp.graph import Circuit, Edge, check_circuit, parse_node
 from mechinterp.patching.activation import patch
 from mechinterp.patching.attribution import attribute
 from mechinterp.tasks import Task
@@ -39,6 +40,8 @@ class HeadStory:
         Its strongest edges in the circuit.
     role
         A word for what this pattern is usually called, or ``""``. A description of attention, not a proof.
+    error
+        Standard error of ``effect`` over prompts; nan for a single prompt.
     """
 
     node: str
@@ -48,6 +51,12 @@ class HeadStory:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     role: str
+    error: float = 0.0
+
+    @property
+    def clear(self) -> bool:
+        """Whether the effect is at least twice its standard error, and at least 1 % of the whole difference."""
+        return abs(self.effect) >= 0.01 and not abs(self.effect) < 2 * self.error
 
     def __str__(self) -> str:
         looks = ", ".join(f"{where} ({share:.0%})" for where, share in self.attends_to)
@@ -77,6 +86,8 @@ def describe(circuit: Circuit, model: Model, task: Task, *, heads: int = 12) -> 
     Cost: 8 forward and 3 backward passes, and one forward for each head. Heads are chosen, and the position where each
     matters is found, by integrated gradients; the effect is measured by patching.
     """
+    check_circuit(circuit)
+    check_model_and_task(model, task)
     effects = attribute(model, task, "L*.H*.z", over=("layer", "head", "pos"), steps=3)
     words, onehot = _places(task)
     # Named positions move from prompt to prompt, so effects and attention are gathered by name before averaging.
@@ -88,7 +99,8 @@ def describe(circuit: Circuit, model: Model, task: Task, *, heads: int = 12) -> 
         return ()
     sites = Selection(tuple(Site("z", layer, head) for layer, head in map(_index, ranked)))
     exact = patch(model, task, sites, over=("layer", "head"), direction="noise")
-    effect_of = dict(zip(ranked, _in_order(exact, sites), strict=True))
+    effect_of = dict(zip(ranked, _in_order(exact, exact.values, sites), strict=True))
+    error_of = dict(zip(ranked, _in_order(exact, exact.standard_error, sites), strict=True))
     attention = _attention(model, task, ranked, onehot)
     stories = []
     for name in sorted(ranked, key=lambda name: -abs(effect_of[name])):
@@ -102,17 +114,18 @@ def describe(circuit: Circuit, model: Model, task: Task, *, heads: int = 12) -> 
         inputs = _inputs(circuit, name)
         reads = _strongest([edge for edge in circuit.edges if edge.dst in inputs], circuit, outgoing=False)
         at = (words[place], float(shares[place] / shares.sum().clamp(min=1e-12)))
-        stories.append(HeadStory(name, effect, at, looks, reads, writes, _role(at[0], looks[0], writes, effect)))
+        role = _role(at[0], looks[0], writes, effect)
+        stories.append(HeadStory(name, effect, at, looks, reads, writes, role, error_of[name]))
     return tuple(stories)
 
 
-def _in_order(effects: Effects, sites: Selection) -> list[float]:
-    """The effect of each site, in the order of the sites."""
+def _in_order(effects: Effects, numbers: Tensor, sites: Selection) -> list[float]:
+    """The number of each site, in the order of the sites."""
     if effects.axes == ("site",):
-        found = effects.as_dict()
+        found = dict(zip(effects.coords["site"], numbers.tolist(), strict=True))
         return [found[str(site)] for site in sites]
     rows, columns = effects.coords["layer"], effects.coords["head"]
-    return [float(effects.values[rows.index(site.layer), columns.index(site.head)]) for site in sites]
+    return [float(numbers[rows.index(site.layer), columns.index(site.head)]) for site in sites]
 
 
 def _index(name: str) -> tuple[int, int]:

@@ -7,15 +7,18 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
+from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
 from mechinterp.errors import GraphError, did_you_mean
 from mechinterp.graph import Circuit, Edge, GraphShape, connected_edges, greedy_edges, threshold_edges, top_edges
+from mechinterp.graph.select import check_count
 from mechinterp.patching.attribution import attribute
 from mechinterp.patching.compare import Direction, MetricLike
-from mechinterp.tasks import Task
+from mechinterp.patching.gradients import check_gradient, path_points
+from mechinterp.tasks import Task, resolve_metric
 
-__all__ = ["METHODS", "SELECTIONS", "discover", "edge_scores"]
+__all__ = ["METHODS", "SELECTIONS", "check_choices", "discover", "edge_scores"]
 
 METHODS: Mapping[str, str] = MappingProxyType(
     {
@@ -33,6 +36,14 @@ def edge_scores(effects: Effects) -> dict[Edge, float]:
     if effects.axes != ("edge",):
         raise GraphError(f"these effects are over {effects.axes}; edges come from mi.attribute(model, task, unit='edge')")
     return {Edge(*label): value for label, value in effects.as_dict().items()}  # type: ignore[misc]
+
+
+def check_choices(method: str, selection: str) -> None:
+    """Refuse an unknown method or selection."""
+    if method not in METHODS:
+        raise GraphError(f"there is no method {method!r}. {did_you_mean(method, METHODS)}")
+    if selection not in SELECTIONS:
+        raise GraphError(f"there is no selection {selection!r}. {did_you_mean(selection, SELECTIONS)}")
 
 
 def discover(
@@ -76,11 +87,15 @@ def discover(
     -------
     Circuit
         With the score of each edge, and in its provenance the task, method, selection, seed, versions and cost.
+        ``provenance["selection"]`` says how edges were chosen: ``rule``, ``signed``, ``n`` (how many were asked for) or
+        ``threshold``, and for ``"connected"`` how many of the best-ranked edges were ``taken`` until n of them connect.
 
     Raises
     ------
     GraphError
         An unknown method or selection, both or an impossible ``edges`` and ``threshold``.
+    MetricError
+        A metric without a gradient. These are checked before anything runs.
 
     Notes
     -----
@@ -99,12 +114,14 @@ def discover(
     >>> circuit.iou(toy.truth["resample"])
     1.0
     """
-    if method not in METHODS:
-        raise GraphError(f"there is no method {method!r}. {did_you_mean(method, METHODS)}")
-    if selection not in SELECTIONS:
-        raise GraphError(f"there is no selection {selection!r}. {did_you_mean(selection, SELECTIONS)}")
+    check_model_and_task(model, task)
+    shape = GraphShape.of(model)
+    check_choices(method, selection)
+    check_gradient(resolve_metric(metric, task), direction, path_points(0 if method == "eap" else steps))
     if edges is not None and threshold is not None:
         raise GraphError(f"edges={edges} and threshold={threshold} are two ways to choose; give one of them")
+    if edges is not None:
+        check_count(edges, shape.n_edges)
     started = time.perf_counter()
     effects = attribute(
         model,
@@ -124,7 +141,6 @@ def discover(
         "seconds": round(time.perf_counter() - started, 1),
     }
     scores = edge_scores(effects)
-    shape = GraphShape.of(model)
     if threshold is not None:
         return threshold_edges(shape, scores, threshold, signed=signed, provenance=provenance)
     wanted = min(200, shape.n_edges) if edges is None else edges

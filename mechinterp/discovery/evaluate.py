@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from mechinterp.core.ablation import Ablation, as_ablation
+from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.model import Model
 from mechinterp.discovery.running import run_circuits
 from mechinterp.errors import MetricError
-from mechinterp.graph import Circuit, random_edges
+from mechinterp.graph import Circuit, check_circuit, random_edges
 from mechinterp.patching.compare import MetricLike
 from mechinterp.tasks import Task
 
@@ -127,7 +128,7 @@ def evaluate(
         What edges outside of the circuit carry: an `Ablation` or its name, see `mechinterp.run_circuits`. A circuit is judged
         by the ablation that it was found with: under zeros or means, edges that carry the same in every prompt count too.
     random_circuits
-        How many random circuits with the same number of connected edges, of the same kinds, to run beside it.
+        How many random circuits with the same number of connected edges, of kinds in about the same shares, to run beside it.
     resamples, confidence
         Bootstrap over prompts for the interval of faithfulness.
     metric, progress
@@ -157,6 +158,8 @@ def evaluate(
     >>> round(report.faithfulness, 2)
     1.0
     """
+    check_circuit(circuit)
+    check_model_and_task(model, task)
     started = time.perf_counter()
     rivals = [random_edges(circuit, seed=seed + i) for i in range(random_circuits)] if circuit.n_connected else []
     ablation = as_ablation(ablation, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from mechinterp.core.ablation import ABLATIONS
 from mechinterp.discovery.describe import HeadStory
 from mechinterp.discovery.evaluate import Report
 from mechinterp.graph import Circuit, draw
+from mechinterp.graph.nodes import counted
 
 __all__ = ["report_markdown", "save_all"]
 
@@ -35,15 +37,18 @@ def report_markdown(
     origin = circuit.provenance
     low, high = report.faithfulness_interval
     chance, rivals = _chance(report)
-    # What rounds to nothing in the table below is no part of the story.
-    helping = [story for story in stories if story.effect >= 0.005]
-    against = [story for story in stories if story.effect <= -0.005]
+    helping = [story for story in stories if story.clear and story.effect > 0]
+    against = [story for story in stories if story.clear and story.effect < 0]
+    found_on = counted(origin["prompts"], "prompt") if "prompts" in origin else "prompts"
+    # What rounds to nothing is no row of the table.
+    told = [story for story in stories if abs(story.effect) >= 0.005]
     lines = [
         f"# The circuit of {report.task} in {report.model}",
         "",
-        f"{report.connected} of {report.all_edges} edges carry {_percent(report.faithfulness)} of what the clean prompts add "
-        f"to the {report.metric} ({report.confidence:.0%} interval {_percent(low)} to {_percent(high)}), on {report.prompts} "
-        f"prompts that were not used to find it.{chance}",
+        f"{report.connected} of {counted(report.all_edges, 'edge')} {'carries' if report.connected == 1 else 'carry'} "
+        f"{_percent(report.faithfulness)} of what the clean prompts add to the {report.metric} "
+        f"({report.confidence:.0%} interval {_percent(low)} to {_percent(high)}), on "
+        f"{counted(report.prompts, 'prompt')} that {'was' if report.prompts == 1 else 'were'} not used to find it.{chance}",
         "",
         "## What it is",
         "",
@@ -51,11 +56,13 @@ def report_markdown(
         "",
         "| head | effect | at | attends to | reads from | writes to | usually called |",
         "| --- | ---: | --- | --- | --- | --- | --- |",
-        *(_row(story) for story in stories),
+        *(_row(story) for story in told),
         "",
-        "Effect: measured normalised effect of replacing the head's output by its value on the corrupt prompt (1 is the whole "
+        "Effect, with its standard error over prompts: measured normalised effect of replacing the head's output by its "
+        "value on the corrupt prompt (1 is the whole "
         "difference, negative means that the head works against the answer). Attention is the mean over clean prompts from the "
-        "position where the head matters most. The last column names a pattern of attention; it is not a proof.",
+        "position where the head matters most. The last column names a pattern of attention; it is not a proof. Heads "
+        "that matter less than twice their standard error, or than 1 % of the difference, are not listed above the table.",
         "",
         "## How good it is",
         "",
@@ -79,9 +86,9 @@ def report_markdown(
         "",
         "## How it was found",
         "",
-        f"{origin.get('estimator', origin.get('method', ''))} on {origin.get('prompts', '?')} prompts: "
+        f"{origin.get('estimator', origin.get('method', ''))} on {found_on}: "
         f"{origin.get('forwards', '?')} forward and {origin.get('backwards', '?')} backward passes over them, "
-        f"{origin.get('seconds', '?')} s. Evaluation: {report.forwards} forward passes over {report.prompts} prompts, "
+        f"{origin.get('seconds', '?')} s. Evaluation: {report.forwards} forward passes over {counted(report.prompts, 'prompt')}, "
         f"{report.seconds} s. Everything: {seconds:.0f} s.",
         "",
     ]
@@ -98,10 +105,10 @@ def _chance(report: Report) -> tuple[str, list[str]]:
         return "", []
     mean = sum(values) / len(values)
     row = (
-        f"| {len(values)} random circuits of equal size | mean {mean:.3f} ({interval[0]:.3f} to {interval[1]:.3f}); "
+        f"| {counted(len(values), 'random circuit')} of equal size | mean {mean:.3f} ({interval[0]:.3f} to {interval[1]:.3f}); "
         f"{report.beats_random} of {len(values)} beaten |"
     )
-    return f" Random circuits of the same size and kinds of edges carry {_percent(mean)}.", [row]
+    return f" Random circuits of the same size, of about the same kinds of edges, carry {_percent(mean)}.", [row]
 
 
 def _carried(report: Report) -> str:
@@ -124,7 +131,8 @@ def _percent(share: float) -> str:
 
 def _asked(circuit: Circuit, report: Report) -> str:
     selection = circuit.provenance.get("selection", {})
-    rule = f" ({selection['rule']})" if "rule" in selection else ""
+    taken = f", found among the best {selection['taken']}" if "taken" in selection else ""
+    rule = f" ({selection['rule']}{taken})" if "rule" in selection else ""
     return f"{selection.get('n', report.edges)}{rule}"
 
 
@@ -159,7 +167,7 @@ def _row(story: HeadStory) -> str:
     looks = ", ".join(f"{where} {share:.0%}" for where, share in story.attends_to)
     cells = [
         f"`{story.node}`",
-        f"{story.effect:+.2f}",
+        f"{story.effect:+.2f}" + ("" if math.isnan(story.error) else f" ± {story.error:.2f}"),
         f"{story.at[0]} ({story.at[1]:.0%})",
         looks,
         ", ".join(story.reads),
@@ -183,8 +191,8 @@ def save_all(
     told = circuit.with_report(report.to_json())
     labels = {story.node: story.role for story in stories if story.role}
     paths = [told.save(folder / "circuit.json")]
-    paths.append(draw(told, max_edges=60, labels=labels).save(folder / "diagram.svg"))
-    paths.append(draw(told, max_edges=300, labels=labels).save(folder / "diagram.html"))
+    paths.append(draw(told, max_edges=40, labels=labels).save(folder / "diagram.svg"))
+    paths.append(draw(told, max_edges=100, labels=labels).save(folder / "diagram.html"))
     page = folder / "report.md"
     page.write_text(report_markdown(told, report, stories, command=command, seconds=seconds), encoding="utf-8")
     return [*paths, page]

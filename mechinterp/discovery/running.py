@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mechinterp.core.ablation import Ablation, as_ablation
+from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.model import Model
 from mechinterp.core.plan import answer_logits, progress_bar, rows_per_forward
@@ -71,7 +72,7 @@ class CircuitRuns:
 def run_circuits(
     model: Model,
     task: Task,
-    circuits: Sequence[Circuit],
+    circuits: Circuit | Sequence[Circuit],
     *,
     ablation: Ablation | str = "resample",
     metric: MetricLike = None,
@@ -89,7 +90,7 @@ def run_circuits(
     Parameters
     ----------
     circuits
-        Circuits of this model's graph.
+        Circuits of this model's graph, or one.
     ablation
         What u's edges outside the circuit carry: an `Ablation`, or the name of one that draws nothing. A writer is a head, an
         MLP or the embedding (token and position together). Means and fits are taken over the whole task, or over the
@@ -131,6 +132,8 @@ def run_circuits(
     >>> outs.circuits.shape[0]
     2
     """
+    check_model_and_task(model, task)
+    circuits = [circuits] if isinstance(circuits, Circuit) else circuits
     layout, ablation = layout_of(model), as_ablation(ablation, seed=None)
     if not circuits:
         raise GraphError("no circuits were given; pass a list such as [circuit, mi.Circuit.full(model)]")

@@ -1,6 +1,6 @@
 """The networkx island: circuits are made, read, compared and drawn here, without torch or a model."""
 
-from mechinterp.graph.circuit import Circuit
+from mechinterp.graph.circuit import Circuit, check_circuit
 from mechinterp.graph.draw import Diagram, draw
 from mechinterp.graph.graph import computation_graph, connected_edges_of, scored_edges
 from mechinterp.graph.nodes import Edge, GraphShape, Node, parse_node
@@ -12,6 +12,7 @@ __all__ = [
     "Edge",
     "GraphShape",
     "Node",
+    "check_circuit",
     "computation_graph",
     "connected_edges",
     "connected_edges_of",

@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import networkx as nx
 
-from mechinterp.errors import FileFormatError, GraphError, MissingExtraError
+from mechinterp.errors import FileFormatError, GraphError, missing_extra
 from mechinterp.graph.graph import build_graph, index_of
-from mechinterp.graph.nodes import Edge, GraphShape
+from mechinterp.graph.nodes import Edge, GraphShape, counted
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Circuit"]
+__all__ = ["Circuit", "check_circuit"]
 
 FORMAT: Final = "mechinterp-circuit"
 VERSION: Final = 1
+PICTURES: Final = (".dot", ".svg", ".png", ".pdf", ".html", ".jpg", ".jpeg")
 
 EdgeLike = Edge | str | tuple[str, str, str]
 
@@ -219,7 +220,7 @@ class Circuit:
     def _check_same_shape(self, other: Circuit) -> None:
         if self.shape != other.shape:
             raise GraphError(
-                f"These circuits are of different models: {self.shape} and {other.shape}. "
+                f"These circuits are of different models: one of {self.shape}, and one of {other.shape}. "
                 "Only circuits of one shape can be combined or compared."
             )
 
@@ -262,7 +263,7 @@ class Circuit:
         try:
             import pandas as pd
         except ImportError as error:
-            raise MissingExtraError("Circuit.to_frame() needs pandas. Run: pip install pandas") from error
+            raise missing_extra("a table", "pandas", "frames") from error
         rows = [(*edge, math.nan if score is None else score) for edge, score in self.scores.items()]
         return pd.DataFrame(rows, columns=["src", "dst", "port", "value"]).astype({"value": "float64"})
 
@@ -270,8 +271,18 @@ class Circuit:
         """Write the circuit as JSON, one line per edge; folders are made, an old file is replaced at once.
 
         Scores, provenance and report come back from `load` as they were, bit for bit.
+
+        Raises
+        ------
+        FileFormatError
+            If the name ends like a picture.
         """
         target = Path(path)
+        if target.suffix.lower() in PICTURES:
+            raise FileFormatError(
+                f"{target.name!r} ends like a picture, and a circuit is saved as JSON. "
+                f"For the picture: mi.draw(circuit).save({target.name!r})"
+            )
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -290,11 +301,12 @@ class Circuit:
         Raises
         ------
         FileFormatError
-            If the file is not a circuit, was written by a later version, or does not fit its own shape.
+            If the file is not a circuit, was written by a later version, or does not fit its own shape; or a
+            folder without ``circuit.json``. A folder with one stands for that file.
         FileNotFoundError
             If there is no such file.
         """
-        content = read_content(Path(path))
+        content = read_content(file_of(Path(path)))
         try:
             shape = GraphShape(**content["shape"])
             edges = {Edge.parse(text): as_score(text, score) for text, score in content["edges"].items()}
@@ -307,14 +319,30 @@ class Circuit:
     # --- showing it
 
     def __repr__(self) -> str:
-        edges = f"{len(self)} edges ({self.n_connected} connected) of {self.shape.n_edges}"
-        return f"Circuit: {edges}, {len(self.nodes)} nodes" + (f", {self.origin}" if self.origin else "")
+        edges = f"{counted(len(self), 'edge')} ({self.n_connected} connected) of {self.shape.n_edges}"
+        return f"Circuit: {edges}, {counted(len(self.nodes), 'node')}" + (f", {self.origin}" if self.origin else "")
 
     def _repr_svg_(self) -> str | None:
         # Imported here because drawing builds on circuits.
         from mechinterp.graph.draw import draw
 
         return draw(self)._repr_svg_()
+
+
+def check_circuit(circuit: object) -> None:
+    """Refuse what is not a `Circuit`.
+
+    Raises
+    ------
+    GraphError
+        A file's name, or something else.
+    """
+    if isinstance(circuit, str | os.PathLike):
+        raise GraphError(f"the name {os.fspath(circuit)!r} was given where a circuit belongs; load it: mi.Circuit.load(path)")
+    if not isinstance(circuit, Circuit):
+        raise GraphError(
+            f"a {type(circuit).__name__} was given where a circuit belongs: the circuit comes first, then model and task"
+        )
 
 
 def as_edge(edge: object) -> Edge:
@@ -371,6 +399,15 @@ def is_name(key: object, place: str) -> bool:
     if not isinstance(key, str):
         raise GraphError(f"{place} has the key {key!r}. JSON has only texts as keys.")
     return True
+
+
+def file_of(path: Path) -> Path:
+    """The file itself, or the one that `mechinterp discover` wrote into this folder."""
+    if not path.is_dir():
+        return path
+    if not (path / "circuit.json").is_file():
+        raise FileFormatError(f"{path} is a folder without a circuit.json. Give the file that Circuit.save() wrote.")
+    return path / "circuit.json"
 
 
 def read_content(path: Path) -> dict[str, Any]:

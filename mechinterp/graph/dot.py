@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import networkx as nx
 
-from mechinterp.errors import MissingExtraError
+from mechinterp.errors import missing_extra
 from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.legend import decorate
 from mechinterp.graph.nodes import Edge, GraphShape, parse_node
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["edge_ids", "to_dot"]
 
-ROW: Final = {"kv": 0, "head": 1, "mlp": 2}
+ROW: Final = {"kv": 0, "head": 1, "mlp": 1}
 PLACING_EDGES: Final = 100
 
 
@@ -91,20 +91,22 @@ def styled(circuit: Circuit, labels: Mapping[str, str], edges: Collection[Edge])
         plain.add_node(name, **node_attributes(shape, name, labels.get(name)))
     for src, dst, port, kind in circuit.graph.edges(keys=True, data="kind"):
         if kind == "structural":
-            attributes = {"headport": f"{port}:s", "weight": "4", "id": f"s_{dst}", **STRUCTURAL_LINE}
+            attributes = {"weight": "8", "id": f"s_{dst}", **STRUCTURAL_LINE}
             plain.add_edge(src, dst, key=port, **attributes)
     # Graphviz draws in this order: the strongest come last, on top of the others.
     for identity, edge in sorted(edge_ids(circuit).items(), key=lambda item: abs(circuit.scores[item[1]] or 0.0)):
         if edge in edges:
             attributes = style.attributes(circuit.scores[edge])
-            if len(input_cells(shape, edge.dst)) > 1:
+            if edge.port != "in":
                 attributes["headport"] = f"{edge.port}:s"
             plain.add_edge(edge.src, edge.dst, key=edge.port, id=identity, **attributes)
     try:
         agraph = nx.nx_agraph.to_agraph(plain)
     except ImportError as error:
-        raise MissingExtraError("Drawing a circuit needs pygraphviz. Run: pip install pygraphviz") from error
-    agraph.graph_attr.update(rankdir="BT", ranksep="0.3", nodesep="0.14", newrank="true", outputorder="edgesfirst", fontname=FONT)
+        raise missing_extra("drawing a circuit", "pygraphviz", "draw") from error
+    agraph.graph_attr.update(
+        rankdir="BT", ranksep="0.24", nodesep="0.14", newrank="true", outputorder="edgesfirst", fontname=FONT
+    )
     agraph.node_attr.update(
         shape="box",
         style="rounded,filled",
@@ -144,24 +146,31 @@ def centred(positions: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def input_cells(shape: GraphShape, name: str) -> tuple[str, ...]:
-    """The input ports that are shown as cells at the bottom edge of a node."""
-    if shape.grouped and parse_node(name).kind == "head":
-        return ("q", "kv")
-    return shape.ports(name)
-
-
 def node_attributes(shape: GraphShape, name: str, label: str | None) -> dict[str, str]:
+    """A node as a small table: its name, the ports at which it reads, and its label."""
     kind = parse_node(name).kind
-    cells = input_cells(shape, name)
     ink = "#ffffff" if kind in ("embed", "logits") else INK
-    span = max(len(cells), 1)
-    lines = [f'<tr><td colspan="{span}"><font color="{ink}">{html.escape(name)}</font></td></tr>']
+    ports = [port for port in shape.ports(name) if port != "in"]
+    span = ' colspan="3"' if len(ports) > 2 else ""
+    title = f'<td{span}><font color="{ink}">{html.escape(name)}</font></td>'
+    lines = [f"<tr>{title}</tr>"]
+    if len(ports) > 2:
+        # A port is a place on the bottom edge: with three of them, they are a line of their own.
+        letters = "".join(port_cell(port) for port in ports)
+        lines.append(f"<tr>{letters}</tr>")
+    elif ports:
+        rows = ' rowspan="2"' if label else ""
+        left, right = port_cell(ports[0], rows), port_cell(ports[1] if len(ports) == 2 else "", rows)
+        lines = [f"<tr>{left}{title}{right}</tr>"]
     if label:
         small = f'<font color="{ink}" point-size="8"><i>{html.escape(printable(label))}</i></font>'
-        lines.append(f'<tr><td colspan="{span}">{small}</td></tr>')
-    if len(cells) > 1:
-        letters = (f'<td port="{cell}"><font color="{FAINT}" point-size="7">{cell}</font></td>' for cell in cells)
-        lines.append(f"<tr>{''.join(letters)}</tr>")
+        lines.insert(1, f"<tr><td{span}>{small}</td></tr>")
     table = f'<<table border="0" cellborder="0" cellspacing="0" cellpadding="1">{"".join(lines)}</table>>'
     return {"label": table, "fillcolor": FILL[kind], "color": BORDER, "id": f"n_{name}"}
+
+
+def port_cell(port: str, more: str = "") -> str:
+    """The letter of a port; without one an empty cell, which keeps the name in the middle."""
+    if not port:
+        return f'<td width="9"{more}></td>'
+    return f'<td port="{port}" width="9" valign="bottom"{more}><font color="{FAINT}" point-size="7">{port}</font></td>'

@@ -17,6 +17,7 @@ from mechinterp.graph.connect import best_connected
 from mechinterp.graph.dot import edge_ids, to_dot
 from mechinterp.graph.graph import index_of
 from mechinterp.graph.html import to_page
+from mechinterp.graph.nodes import counted, node_name
 from mechinterp.graph.svg import clean_svg
 
 __all__ = ["Diagram", "draw"]
@@ -36,9 +37,10 @@ def draw(
     """What does the circuit look like?
 
     Layers are rows, ``embed`` at the bottom and ``logits`` at the top. Blue solid edges have positive scores,
-    orange dashed ones negative scores, and the width grows with the square root of the size. Edges enter a
-    head at its port q, k or v. KV heads of grouped-query models are joined to their query heads by dotted
-    lines.
+    orange dashed ones negative scores, and the width grows with the square root of the size (from 20 edges on
+    up to their 98th percentile, which the key says). Edges enter a head at its port q, k or v. KV heads of
+    grouped-query models are joined to their query heads by dotted lines. Layers that the picture does not
+    need are left out, which three dots at the left say.
 
     Parameters
     ----------
@@ -46,14 +48,14 @@ def draw(
         What to draw.
     max_edges
         Draw at most so many edges: the strongest ones that are connected among themselves. What is left out
-        is said in the caption. A hundred edges are legible on a page, a thousand on a screen that one can
-        zoom.
+        is said in the caption. Forty edges are legible in a paper, a hundred on a page of their own, more on a
+        screen that one can zoom.
     connected
         False draws edges also where no path from embed to logits uses them.
     title
         Default: task, model and method from the circuit's provenance. ``""`` for none.
     labels
-        A second line for some nodes, ``{"a9.h6": "name mover"}``.
+        A second line for some nodes, ``{"a9.h6": "name mover"}``; ``"L9.H6"`` names the same head.
 
     Returns
     -------
@@ -78,12 +80,13 @@ def draw(
     """
     if not isinstance(max_edges, int) or isinstance(max_edges, bool) or max_edges < 1:
         raise GraphError(f"max_edges={max_edges!r} is not a number of edges. Give a whole number of at least 1.")
-    for name in labels or {}:
+    named = {node_name(name): label for name, label in (labels or {}).items()}
+    for name in named:
         circuit.shape.parse(name)
     title = circuit.origin if title is None else title
     drawable = circuit.connected() if connected else circuit
     shown = strongest(drawable, max_edges, connected)
-    return Diagram(shown, title=title, caption=caption_of(circuit, shown, connected), labels=labels or {}, of=circuit)
+    return Diagram(shown, title=title, caption=caption_of(circuit, shown, connected), labels=named, of=circuit)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -141,7 +144,8 @@ class Diagram:
 
         agraph = pygraphviz.AGraph(text)
         if format == "png":
-            agraph.graph_attr["dpi"] = str(PNG_DPI)
+            # Opaque: on a dark page dark lines on nothing would be lost.
+            agraph.graph_attr.update(dpi=str(PNG_DPI), bgcolor="#ffffff")
         return bytes(agraph.draw(format=format, prog="nop2"))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -172,8 +176,8 @@ class Diagram:
 
     def __repr__(self) -> str:
         of = self.of or self.circuit
-        drawn = f"{len(self.circuit)} edges and {len(self.circuit.nodes)} nodes"
-        return f"Diagram: {drawn} of a circuit of {len(of)} edges"
+        drawn = f"{counted(len(self.circuit), 'edge')} and {counted(len(self.circuit.nodes), 'node')}"
+        return f"Diagram: {drawn} of a circuit of {counted(len(of), 'edge')}"
 
     def _repr_svg_(self) -> str | None:
         # Without pygraphviz a notebook shows the one-line repr; asking for the picture by name still raises.
@@ -203,13 +207,13 @@ def caption_of(circuit: Circuit, shown: Circuit, connected: bool) -> str:
     """What is drawn, and what is left out."""
     total, reach = len(circuit), circuit.n_connected
     if len(shown) == total:
-        drawn = f"All {total} edges of the circuit"
+        drawn = f"All {total} edges of the circuit" if total != 1 else "The one edge of the circuit"
     elif connected and len(shown) == reach:
-        drawn = f"The {reach} edges on paths from embed to logits, of {total} in the circuit"
+        drawn = f"The {counted(reach, 'edge')} on paths from embed to logits, of {total} in the circuit"
     elif connected and reach < total:
-        drawn = f"The strongest {len(shown)} that connect, of {reach} edges on paths from embed to logits; "
+        drawn = f"The strongest {len(shown)} that connect, of {counted(reach, 'edge')} on paths from embed to logits; "
         drawn += f"{total} in the circuit"
     else:
         which = f"The strongest {len(shown)}" + (" that connect," if connected else "")
-        drawn = f"{which} of {total} edges in the circuit"
+        drawn = f"{which} of {counted(total, 'edge')} in the circuit"
     return f"{drawn}, {circuit.shape.n_edges} in the model."

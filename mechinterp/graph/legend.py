@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.nodes import parse_node
-from mechinterp.graph.style import FAINT, FONT, INK, STRUCTURAL_LINE, Style, printable
+from mechinterp.graph.style import BORDER, FAINT, FILL, FONT, INK, STRUCTURAL_LINE, Style, printable
 
 if TYPE_CHECKING:
     import pygraphviz
@@ -19,8 +20,11 @@ __all__ = ["decorate"]
 BAND: Final = "#f3f4f6"
 LABEL_WIDTH: Final = 50.0  # of "layer 29" at the left edge
 MARGIN: Final = 8.0
+PAD: Final = 4.0  # around everything
+DOT: Final = "0.01"  # inches, of what marks a corner
 SMALL, LARGE = 9, 13  # type sizes, in points
 LEADING: Final = 14.0
+GAP: Final = 14.0  # between two entries of the key
 
 
 def decorate(agraph: pygraphviz.AGraph, circuit: Circuit, *, title: str, caption: str) -> None:
@@ -31,9 +35,10 @@ def decorate(agraph: pygraphviz.AGraph, circuit: Circuit, *, title: str, caption
     xs, ys = [x for x, _ in points], [y for _, y in points]
 
     # A small graph is not stretched to the width of its texts by more than they need.
-    samples = key_of(circuit)
-    key_width = sum(width for *_, width in samples)
-    wanted = max(key_width, text_width(title, LARGE), min(text_width(caption, SMALL), 300.0)) + 2 * MARGIN
+    samples = [*marks_of(circuit, boxes), *lines_of(circuit)]
+    widest = max((sample.width for sample in samples), default=0.0)
+    wanted = max(widest, min(sum(sample.width for sample in samples), 300.0))
+    wanted = max(wanted, text_width(title, LARGE), min(text_width(caption, SMALL), 300.0)) + 2 * MARGIN
     drawn = max(xs) - min(xs) + LABEL_WIDTH + 2 * MARGIN
     spare = max(0.0, wanted - drawn) / 2
     left, right = min(xs) - LABEL_WIDTH - MARGIN - spare, max(xs) + MARGIN + spare
@@ -45,50 +50,97 @@ def decorate(agraph: pygraphviz.AGraph, circuit: Circuit, *, title: str, caption
         layer = parse_node(name).layer
         if layer is not None:
             layers.setdefault(layer, []).append(box)
-    for layer, members in layers.items():
+    tops: dict[int, float] = {}
+    for layer, members in sorted(layers.items()):
         band_low, band_high = min(box[1] for box in members) - 5, max(box[3] for box in members) + 5
         ink.rectangle(left, band_low, right, band_high, BAND)
         ink.text(left + MARGIN, (band_low + band_high) / 2 - 3, f"layer {layer}", size=SMALL, colour=FAINT)
+        if tops and layer - 1 not in tops:
+            # Three dots, where layers that the circuit does not use are left out.
+            middle = (tops[max(tops)] + band_low) / 2
+            for shift in (-2.2, 0.0, 2.2):
+                ink.dot(left + MARGIN + 12, middle + shift, FAINT)
+        tops[layer] = band_high
     if title:
         ink.text(left + MARGIN, high + 12, title, size=LARGE, colour=INK)
         high += 12 + LARGE
 
     x, y = left + MARGIN, low - 20
-    for attributes, words, width in samples:
-        if x + width > right and x > left + MARGIN:
+    for sample in samples:
+        if x + sample.width - GAP > right - MARGIN and x > left + MARGIN:
             x, y = left + MARGIN, y - LEADING
-        ink.line(x, y + 3, x + 26, y + 3, attributes)
-        ink.text(x + 31, y, words, size=SMALL, colour=INK)
-        x += width
+        if sample.fill:
+            ink.rectangle(x, y - 2, x + 16, y + 8, sample.fill, border=BORDER)
+        elif sample.line:
+            ink.line(x, y + 3, x + 26, y + 3, sample.line)
+        ink.text(x + sample.indent, y, sample.words, size=SMALL, colour=INK)
+        x += sample.width
     columns = max(int((right - left - 2 * MARGIN) / text_width("x", SMALL)), 24)
     for line in textwrap.wrap(printable(caption), columns):
         y -= LEADING
         ink.text(left + MARGIN, y, line, size=SMALL, colour=FAINT)
 
-    agraph.graph_attr.update(_background=ink.xdot, layout="nop2", pad="0.05")
+    agraph.graph_attr.update(_background=ink.xdot, layout="nop2", pad=f"{PAD / 72}")
     # The bounding box is taken from nodes and edges alone: two invisible ones stretch it over the rest.
-    for corner, (corner_x, corner_y) in {"corner 0": (left, y - 6), "corner 1": (right, high)}.items():
+    # Whole points, so that the last row and column of a PNG are not half transparent.
+    low = y - 6
+    high, right = low + whole(high - low), left + whole(right - left)
+    for corner, (corner_x, corner_y) in {"corner 0": (left, low), "corner 1": (right, high)}.items():
         place = f"{corner_x:.2f},{corner_y:.2f}"
-        agraph.add_node(corner, pos=place, style="invis", shape="point", label="", width="0.01", height="0.01")
+        agraph.add_node(corner, pos=place, style="invis", shape="point", label="", width=DOT, height=DOT)
 
 
-def key_of(circuit: Circuit) -> list[tuple[Mapping[str, str], str, float]]:
-    """(line, words, width that both take) for each kind of line in the drawing."""
+@dataclass(frozen=True)
+class Sample:
+    """One entry of the key: a line, a filled box or neither, and what it means."""
+
+    words: str
+    line: Mapping[str, str] | None = None
+    fill: str = ""
+
+    @property
+    def indent(self) -> float:
+        return 31.0 if self.line else 21.0 if self.fill else 0.0
+
+    @property
+    def width(self) -> float:
+        return self.indent + text_width(self.words, SMALL) + GAP
+
+
+def marks_of(circuit: Circuit, names: Iterable[str]) -> list[Sample]:
+    """What the nodes and the letters at their bottom edges mean."""
+    kinds = {parse_node(name).kind for name in names}
+    words = {"head": "attention head", "kv": "KV head", "mlp": "MLP"}
+    samples = [Sample(meaning, fill=FILL[kind]) for kind, meaning in words.items() if kind in kinds]
+    if "head" in kinds:
+        samples.append(Sample("q k v: read as query, key, value"))
+    return samples
+
+
+def lines_of(circuit: Circuit) -> list[Sample]:
+    """What the lines mean."""
     style = Style.of(circuit)
     scores = [score for score in circuit.scores.values() if score is not None]
-    samples: list[tuple[Mapping[str, str], str]] = []
+    samples = []
     for words, extreme in (("positive", max(scores, default=0.0)), ("negative", min(scores, default=0.0))):
         if (extreme > 0) == (words == "positive") and extreme:
-            samples.append((style.attributes(extreme), f"{words}, up to {signed(extreme)}"))
-    if style.strongest and min(map(abs, scores)) < style.strongest / 10:
-        strongest = max(scores, key=abs)
-        tenth = math.copysign(float(f"{style.strongest / 10:.0e}"), strongest)
-        samples.append((style.attributes(tenth), signed(tenth)))
+            samples.append(Sample(f"{words}, up to {signed(extreme)}", style.attributes(extreme)))
+    if style.strongest and min(map(abs, scores)) < style.full / 10:
+        tenth = math.copysign(float(f"{style.full / 10:.0e}"), max(scores, key=abs))
+        samples.append(Sample(signed(tenth), style.attributes(tenth)))
+    if style.clipped:
+        samples.append(Sample(f"full width from {style.full:.3g} on"))
     if len(scores) < len(circuit):
-        samples.append((style.attributes(None), "no score"))
+        samples.append(Sample("no score", style.attributes(None)))
     if any(kind == "structural" for _, _, kind in circuit.graph.edges(data="kind")):
-        samples.append((STRUCTURAL_LINE, "keys and values of a group"))
-    return [(line, words, 31 + text_width(words, SMALL) + 14) for line, words in samples]
+        samples.append(Sample("keys and values of a group", STRUCTURAL_LINE))
+    return samples
+
+
+def whole(length: float) -> float:
+    """At least this length, such that with the corners' own size and the padding it is a whole number of points."""
+    around = 72 * float(DOT) + 2 * PAD
+    return math.ceil(length + around) - around
 
 
 def signed(number: float) -> str:
@@ -125,10 +177,15 @@ class Ink:
     def xdot(self) -> str:
         return " ".join(self.operations)
 
-    def rectangle(self, x0: float, y0: float, x1: float, y1: float, colour: str) -> None:
-        self.colour("c", colour)
+    def rectangle(self, x0: float, y0: float, x1: float, y1: float, colour: str, *, border: str = "") -> None:
+        self.colour("c", border or colour)
         self.colour("C", colour)
         self.operations.append(f"P 4 {x0:.2f} {y0:.2f} {x1:.2f} {y0:.2f} {x1:.2f} {y1:.2f} {x0:.2f} {y1:.2f}")
+
+    def dot(self, x: float, y: float, colour: str) -> None:
+        self.colour("c", colour)
+        self.colour("C", colour)
+        self.operations.append(f"E {x:.2f} {y:.2f} 0.7 0.7")
 
     def line(self, x0: float, y0: float, x1: float, y1: float, attributes: Mapping[str, str]) -> None:
         self.colour("c", attributes["color"])

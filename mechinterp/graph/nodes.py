@@ -26,6 +26,7 @@ SCORED_PORTS: Final = ("q", "k", "v", "in")
 STRUCTURAL_PORT: Final = "kv"
 
 _NODE = re.compile(r"a(?P<head_layer>\d+)\.(?P<kind>h|kv)(?P<index>\d+)|m(?P<mlp_layer>\d+)", re.ASCII)
+_SITE = re.compile(r"L(?P<layer>\d+)\.(?:H(?P<head>\d+)(?:\.z|\.head_out)?|KV(?P<kv>\d+)|mlp(?:_out)?)", re.ASCII | re.IGNORECASE)
 _EDGE = re.compile(r"(?P<src>[^<>\s-]+)\s*->\s*(?P<dst>[^<>\s-]+?)\s*(?:<(?P<port>\w+)>)?", re.ASCII)
 
 
@@ -82,6 +83,28 @@ def parse_node(name: str) -> Node:
     if match["mlp_layer"] is not None:
         return Node("mlp", int(match["mlp_layer"]))
     return Node("head" if match["kind"] == "h" else "kv", int(match["head_layer"]), int(match["index"]))
+
+
+def counted(n: int, noun: str) -> str:
+    """A number and its noun: "1 edge", "2 edges"."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def node_name(text: str) -> str:
+    """The name of a node, also where it is written as a site is; a text that is neither comes back as it is.
+
+    Examples
+    --------
+    >>> node_name("L0.H3"), node_name("L2.mlp_out"), node_name("a0.h3")
+    ('a0.h3', 'm2', 'a0.h3')
+    """
+    match = _SITE.fullmatch(text)
+    if match is None:
+        return text
+    layer = int(match["layer"])
+    if match["head"]:
+        return str(Node("head", layer, int(match["head"])))
+    return str(Node("kv", layer, int(match["kv"])) if match["kv"] else Node("mlp", layer))
 
 
 class Edge(NamedTuple):
@@ -167,6 +190,11 @@ class GraphShape:
             raise GraphError(
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} KV heads evenly. n_kv_heads must divide n_heads."
             )
+
+    def __str__(self) -> str:
+        shared = f", {self.n_kv_heads} KV heads" if self.grouped else ""
+        extra = (", attention and MLP in parallel" if self.parallel else "") + (", without MLPs" if self.attn_only else "")
+        return f"{counted(self.n_layers, 'layer')} of {counted(self.n_heads, 'head')}{shared}{extra}"
 
     @classmethod
     def of(cls, source: object) -> GraphShape:

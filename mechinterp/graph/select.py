@@ -25,6 +25,8 @@ from mechinterp.graph.nodes import Edge, GraphShape, parse_node
 __all__ = ["connected_edges", "greedy_edges", "random_edges", "threshold_edges", "top_edges"]
 
 RANDOM_TRIES: Final = 32
+RATE_TRIES: Final = 8  # to match the kinds, once the size is right
+CLOSE: Final = 0.06  # this share of edges may be of another kind: each is counted where it lacks and where it is too many
 MATCHES: Final = ("classes", "connected")
 
 
@@ -185,8 +187,10 @@ def random_edges(
     seed
         Of the random generator, which is the function's own.
     match
-        ``"classes"``: edges are drawn in the same proportions of (kind of writer, kind of reader, port) as
-        the connected part of `like` has. This is the harder baseline to beat: a circuit of MLP edges is
+        ``"classes"``: edges are drawn so that the result has about the same proportions of (kind of writer,
+        kind of reader, port) as the connected part of `like`. What dangles is dropped, and some kinds dangle
+        more than others, so the rates are corrected from draw to draw: of 1000 edges on SmolLM2-135M about 3 %
+        are of another kind, of 200 about 5 %. This is the harder baseline to beat: a circuit of MLP edges is
         compared with other MLP edges. ``"connected"``: every edge of the model is as likely as any other.
 
     Returns
@@ -224,19 +228,26 @@ def random_edges(
 
     generator = random.Random(seed)
     best: list[int] = []
-    for _ in range(RANDOM_TRIES):
-        # The r-th edge drawn of a class that should have c edges comes at time r / c: any prefix in time has
-        # the classes in the wanted proportions, and prefixes are what the search looks through.
+    least: tuple[float, float] = (math.inf, math.inf)
+    rate = {name: float(count) for name, count in per_class.items()}
+    for number in range(RANDOM_TRIES):
+        # The r-th edge drawn of a class with rate c comes at time r / c: any prefix in time has the classes in
+        # the proportions of the rates, and prefixes are what the search looks through.
         drawn = [
-            ((rank_in_class + generator.random()) / per_class[name], i)
+            ((rank_in_class + generator.random()) / rate[name], i)
             for name, group in members.items()
             for rank_in_class, i in enumerate(generator.sample(group, len(group)))
         ]
         _, keep = best_connected(index, [i for _, i in sorted(drawn)], wanted)
-        if not best or abs(len(keep) - wanted) < abs(len(best) - wanted):
-            best = keep
-        if len(best) == wanted:
+        got = Counter(class_of(index.edges[i]) for i in keep)
+        missed = (abs(len(keep) - wanted), sum(abs(got[name] - per_class[name]) for name in per_class) / max(1, wanted))
+        if missed < least:
+            best, least = keep, missed
+        if least[0] == 0 and (least[1] <= CLOSE or number + 1 >= RATE_TRIES):
             break
+        # Some classes lose more of their edges than others when those that dangle are dropped.
+        for name in rate:
+            rate[name] *= ((per_class[name] + 1) / (got[name] + 1)) ** 0.7
     return Circuit(like.shape, dict.fromkeys(index.edges[i] for i in best), provenance)
 
 
@@ -260,7 +271,8 @@ def check_count(n: int, available: int) -> None:
     if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise GraphError(f"n={n!r} is not a number of edges. Give a whole number from 0 to {available}.")
     if n > available:
-        raise GraphError(f"{n} edges were asked for, and only {available} have a score. Ask for at most {available}.")
+        have = "has" if available == 1 else "have"
+        raise GraphError(f"{n} edges were asked for, and only {available} {have} a score. Ask for at most {available}.")
 
 
 def edge_class(edge: Edge) -> tuple[str, ...]:

@@ -23,31 +23,50 @@ FILL: Final = {"embed": "#3c4350", "logits": "#3c4350", "head": "#ffffff", "kv":
 POSITIVE: Final = "#0065a8"
 NEGATIVE: Final = "#d55e00"
 UNSCORED: Final = "#404040"
+CLIPPED_FROM: Final = 20  # edges
 STRUCTURAL_LINE: Final = {"color": "#6f7680", "style": "dotted", "penwidth": "1.3", "arrowhead": "none"}
 
 
 @dataclass(frozen=True)
 class Style:
-    """How an edge is drawn, given its score; the strongest edge of the picture sets the scale.
+    """How an edge is drawn, given its score.
 
-    The width grows with the square root of the score, so that edges a hundred times weaker can still be seen.
-    In crowded pictures the weak ones step back further.
+    The width grows with the square root of the score, so that edges a hundred times weaker can still be seen, up to
+    the score of `full`. In crowded pictures the weak ones step back further.
+
+    Parameters
+    ----------
+    strongest
+        The largest score of the picture, by size.
+    full
+        The score at which the full width is reached. In all but small pictures the 98th percentile: one huge edge
+        would make all others thin.
+    crowded
+        Whether there are many edges.
     """
 
     strongest: float
+    full: float
     crowded: bool = False
 
     @classmethod
     def of(cls, circuit: Circuit) -> Style:
         """The style for a picture of this circuit."""
-        strongest = max((abs(score) for score in circuit.scores.values() if score is not None), default=0.0)
-        return cls(strongest, crowded=len(circuit) > 300)
+        sizes = sorted(abs(score) for score in circuit.scores.values() if score is not None)
+        strongest = sizes[-1] if sizes else 0.0
+        full = sizes[math.floor(0.98 * (len(sizes) - 1))] if len(sizes) >= CLIPPED_FROM else strongest
+        return cls(strongest, full or strongest, crowded=len(circuit) > 300)
+
+    @property
+    def clipped(self) -> bool:
+        """Whether an edge is visibly stronger than it is drawn."""
+        return self.strongest > 1.5 * self.full
 
     def attributes(self, score: float | None) -> dict[str, str]:
         """Graphviz attributes of a scored edge."""
         if score is None:
             return {"color": UNSCORED, "penwidth": "1", "arrowsize": "0.5"}
-        strength = math.sqrt(abs(score) / self.strongest) if self.strongest else 0.0
+        strength = math.sqrt(min(1.0, abs(score) / self.full)) if self.full else 0.0
         least = 0.25 if self.crowded else 0.5
         opacity = round(255 * (least + (1 - least) * strength))
         attributes = {

@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.edits import Edit
 from mechinterp.core.effects import Effects, Label
 from mechinterp.core.model import Model
@@ -146,6 +147,7 @@ def plan(
     >>> mi.plan(toy.model, toy.task, "L*.H*.z").cells
     8
     """
+    check_model_and_task(model, task)
     at, task = own_ends(model, at, task)
     grid = grid_of(model, at, task.clean.shape[1], over, window)
     start = 0 if _edits(corruption) else int(task.first_difference.min())
@@ -238,6 +240,7 @@ def patch(
     >>> effects.axes
     ('layer', 'head')
     """
+    check_model_and_task(model, task)
     selector, (at, task) = at, own_ends(model, at, task)
     grid = grid_of(model, at, task.clean.shape[1], over, window)
     everything = Selection(tuple(dict.fromkeys(site for cell in grid.cells for site in cell)))

@@ -9,6 +9,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.effects import Effects, Label
 from mechinterp.core.model import Model
 from mechinterp.core.plan import progress_bar, rows_per_forward
@@ -94,6 +95,7 @@ def attribute(
     >>> mi.attribute(toy.model, toy.task, unit="edge", steps=5).axes
     ('edge',)
     """
+    check_model_and_task(model, task)
     if unit not in ("node", "edge"):
         raise MetricError(f"unit={unit!r}: write 'node' or 'edge'")
     if unit == "edge" and at is not None:
@@ -112,7 +114,7 @@ def attribute(
     with progress_bar(len(parts) * (2 + 2 * len(points)), f"attribute {unit}s", show=progress) as bar:
         for part in parts:
             runs = compare_runs(model, part, scorer.wanted | Selection((EMBED,)), metric=metric, direction=direction)
-            check_gradient(runs, points)
+            check_gradient(runs.metric, direction, points)
             bar.update(2)
             scores.append(scorer.score(runs, points, bar))
             clean.append(runs.measure(runs.clean_logits))

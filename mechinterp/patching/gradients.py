@@ -12,7 +12,8 @@ from mechinterp.core.plan import answer_logits
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
 from mechinterp.errors import MetricError
-from mechinterp.patching.compare import Comparison
+from mechinterp.patching.compare import Comparison, Direction
+from mechinterp.tasks import Metric
 
 __all__ = ["EMBED", "check_gradient", "gradients", "path_points"]
 
@@ -43,16 +44,16 @@ def path_points(steps: int | Sequence[int | float]) -> tuple[float, ...]:
     return (0.0,) if steps == 0 else tuple((i + 0.5) / steps for i in range(steps))
 
 
-def check_gradient(runs: Comparison, points: Sequence[float]) -> None:
+def check_gradient(metric: Metric, direction: Direction, points: Sequence[float]) -> None:
     """Refuse metrics whose gradient says nothing at these points."""
-    if not runs.metric.differentiable:
+    if not metric.differentiable:
         raise MetricError(
-            f"{runs.metric.name!r} has a zero gradient almost everywhere, so estimates of it are all zero; "
+            f"{metric.name!r} has a zero gradient almost everywhere, so estimates of it are all zero; "
             "use metric='logit_diff', or measure it exactly with mi.patch"
         )
-    if runs.metric.needs_reference and runs.direction == "noise" and not any(points):
+    if metric.needs_reference and direction == "noise" and not any(points):
         raise MetricError(
-            f"{runs.metric.name!r} is at its minimum in the clean run, where its gradient is zero: "
+            f"{metric.name!r} is at its minimum in the clean run, where its gradient is zero: "
             "use steps=5, direction='denoise' or another metric"
         )
 

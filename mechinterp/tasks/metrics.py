@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -245,7 +246,18 @@ def resolve_metric(metric: str | Metric | Callable[[Tensor, Task], Tensor] | Non
     if isinstance(metric, str):
         return METRICS[check_metric_name(metric)]
     if callable(metric):
-        return Metric(getattr(metric, "__name__", type(metric).__name__), metric)
+        name = getattr(metric, "__name__", type(metric).__name__)
+        try:
+            signature(metric).bind(None, task)
+        except TypeError as error:
+            raise MetricError(
+                f"the metric {name!r} cannot be called with two arguments ({error}): it is a function of "
+                "(logits [batch vocab], task) that returns one number per pair"
+            ) from None
+        except ValueError:
+            # Some functions written in C do not say what they take.
+            pass
+        return Metric(name, metric)
     raise MetricError(
         f"a metric is a name, a Metric or a function of (logits, task), not {type(metric).__name__}. Names: {', '.join(METRICS)}."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from os import PathLike
@@ -86,7 +87,8 @@ def read_pairs(
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
+        lines = content.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise FileFormatError(
             f"{path.name} is not a UTF-8 text file ({error.reason}): it holds one JSON object a line."
@@ -127,6 +129,7 @@ def read_pairs(
         provenance={
             "generator": "from_jsonl",
             "file": path.name,
+            "sha256": hashlib.sha256(content).hexdigest()[:16],
             "n": len(pairs),
             "tokenizer": tokenizer_name(tokenizer),
             "bos": bos and tokenizer.bos_token_id is not None,

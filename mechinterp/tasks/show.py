@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from mechinterp.errors import MissingExtraError
+from mechinterp.errors import missing_extra
 
 if TYPE_CHECKING:
     import pandas
@@ -37,7 +37,7 @@ def task_frame(task: Task) -> pandas.DataFrame:
     try:
         import pandas
     except ImportError as error:
-        raise MissingExtraError("to_frame() makes a pandas.DataFrame: pip install pandas") from error
+        raise missing_extra("a table", "pandas", "frames") from error
     columns = {
         "clean": [_text(task, row) for row in _real_tokens(task, "clean")],
         "corrupt": [_text(task, row) for row in _real_tokens(task, "corrupt")],

@@ -276,6 +276,25 @@ class Task:
             replace(judged_on, provenance={**self.provenance, **provenance, "split": "held_out"}),
         )
 
+    def sample(self, n: int, *, seed: int) -> Task:
+        """So many of the pairs, drawn without replacement, in the original order; the provenance says it.
+
+        Raises
+        ------
+        TaskError
+            When there are not so many.
+
+        Examples
+        --------
+        >>> task = Task(name="t", clean=[[0], [1], [2]], corrupt=[[3]] * 3, right=[1] * 3, wrong=[2] * 3)
+        >>> len(task.sample(2, seed=0))
+        2
+        """
+        if not 1 <= n <= len(self):
+            raise TaskError(f"{n} pairs were asked of task {self.name!r}, which has {len(self)}: ask for 1 to {len(self)}.")
+        drawn = self[sorted(random.Random(seed).sample(range(len(self)), n))]
+        return replace(drawn, provenance={**self.provenance, "sample": n, "sample_seed": seed})
+
     def to(self, device: torch.device | str) -> Task:
         """The same task with its tensors on `device`."""
         return replace(

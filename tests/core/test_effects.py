@@ -199,13 +199,13 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
 
 def test_without_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "pandas")
-    with pytest.raises(MissingExtraError, match=r"^tables need pandas: pip install pandas$"):
+    with pytest.raises(MissingExtraError, match=r"^a table needs pandas. Run: pip install 'mechinterp-hooks\[frames\]'$"):
         grid().to_frame()
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "matplotlib")
-    with pytest.raises(MissingExtraError, match=r"^plots need matplotlib: pip install matplotlib$"):
+    with pytest.raises(MissingExtraError, match=r"^a plot needs matplotlib. Run: pip install 'mechinterp-hooks\[draw\]'$"):
         grid().plot()
     # A notebook still shows the strongest cells, and what comes from outside is escaped.
     monkeypatch.setattr("mechinterp.core.effects.find_spec", lambda name: None)

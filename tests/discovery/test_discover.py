@@ -119,6 +119,32 @@ def test_the_same_twice(setting: Any) -> None:
     assert dict(first.scores) == dict(second.scores)
 
 
+def test_nothing_runs_before_the_options_are_checked(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a forward pass")
+
+    monkeypatch.setattr("mechinterp.discovery.discover.attribute", run)
+    every = mi.GraphShape.of(setting.model).n_edges
+    for options, error in (
+        ({"edges": every + 1}, GraphError),
+        ({"metric": "accuracy"}, MetricError),
+        ({"metric": "kl", "method": "eap"}, MetricError),
+        ({"metric": "logitdiff"}, MetricError),
+    ):
+        with pytest.raises(error):
+            mi.discover(setting.model, setting.task, **options)
+    with pytest.raises(RuntimeError, match="a forward pass"):
+        mi.discover(setting.model, setting.task, edges=every)
+
+
+def test_provenance_says_how_far_down_the_ranking_it_went(setting: Any) -> None:
+    circuit = mi.discover(setting.model, setting.task, edges=20, steps=1)
+    scores = edge_scores(mi.attribute(setting.model, setting.task, unit="edge", steps=1))
+    best = sorted(scores, key=lambda edge: -abs(scores[edge]))[: circuit.provenance["selection"]["taken"]]
+    assert set(circuit.edges) <= set(best)
+    assert best[-1] in mi.Circuit.from_edges(setting.model, best).connected()
+
+
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -23,9 +23,55 @@ def test_the_page_says_the_numbers() -> None:
     assert f"5 of {report.all_edges} edges carry 100%" in page
     assert f"| 5 random circuits of equal size | mean {sum(report.random_faithfulness) / 5:.3f} (" in page
     assert f"{report.beats_random} of 5 beaten |" in page
-    assert all(f"| `{story.node}` | {story.effect:+.2f} |" in page for story in stories)
+    assert all(
+        (f"| `{story.node}` | {story.effect:+.2f} ± {story.error:.2f} |" in page) is (abs(story.effect) >= 0.005)
+        for story in stories
+    )
     assert "mechinterp discover 'a b'" in page
     assert f"| accuracy | {report.model_accuracy:.3f} | | {report.circuit_accuracy:.3f} |" in page
+
+
+def story(node: str, effect: float, error: float, role: str = "") -> mi.HeadStory:
+    return mi.HeadStory(node, effect, ("end", 1.0), (("IO", 0.5),), ("m0<v>",), ("logits",), role, error)
+
+
+def test_heads_within_their_error_are_not_told() -> None:
+    toy = mi.toys.induction()
+    circuit = toy.truth["resample"]
+    report = mi.evaluate(circuit, toy.model, toy.task, seed=0)
+    stories = [
+        story("a0.h1", 0.30, 0.05, "name mover"),
+        story("a0.h2", 0.20, 0.11),
+        story("a0.h3", -0.10, 0.02),
+        story("a0.h4", -0.10, 0.06),
+        story("a0.h5", 0.009, 0.0),
+        story("a0.h6", -0.004, 0.0),
+        story("a0.h7", 0.02, float("nan")),
+    ]
+    assert [each.node for each in stories if each.clear] == ["a0.h1", "a0.h3", "a0.h7"]
+    page = report_markdown(circuit, report, stories)
+    assert "- **name mover**: `a0.h1` attends from end to IO." in page
+    assert "- **other heads that help**: `a0.h7` from end to IO." in page
+    assert "- **heads that work against the answer**: `a0.h3` from end to IO." in page
+    # The table has all that do not round to nothing, with their errors where there are any.
+    rows = re.findall(r"^\| `(a\d\.h\d)` \| (.*?) \|", page, re.MULTILINE)
+    assert rows == [
+        ("a0.h1", "+0.30 ± 0.05"),
+        ("a0.h2", "+0.20 ± 0.11"),
+        ("a0.h3", "-0.10 ± 0.02"),
+        ("a0.h4", "-0.10 ± 0.06"),
+        ("a0.h5", "+0.01 ± 0.00"),
+        ("a0.h7", "+0.02"),
+    ]
+
+
+def test_errors_are_those_of_patching() -> None:
+    toy = mi.toys.copy()
+    stories = {each.node: each for each in mi.describe(toy.truth["resample"], toy.model, toy.task)}
+    effects = mi.patch(toy.model, toy.task, "L*.H*.z", direction="noise")
+    for name, layer, head in (("a1.h2", 1, 2), ("a0.h1", 0, 1)):
+        assert stories[name].error == pytest.approx(float(effects.standard_error[layer, head]), abs=1e-5)
+        assert stories[name].effect == pytest.approx(float(effects.values[layer, head]), abs=1e-5)
 
 
 @pytest.mark.parametrize("which", ["full", "empty"])

@@ -114,7 +114,10 @@ def test_set_algebra_is_that_of_sets() -> None:
     assert left.iou(right) == right.iou(left) == 10 / 40
     assert left.iou(left) == Circuit.empty(TOY).iou(Circuit.empty(TOY)) == 1.0
     assert (left | right).provenance["left"] == {"method": "left"}
-    with pytest.raises(GraphError, match=r"These circuits are of different models: .* Only circuits of one shape"):
+    with pytest.raises(
+        GraphError,
+        match=r"of different models: one of \d+ layers of \d+ heads.*, and one of .* Only circuits of one shape",
+    ):
         left.iou(Circuit.empty(GROUPED))
 
 
@@ -212,6 +215,25 @@ def test_broken_files_say_what_is_wrong(tmp_path: Path, content: object, message
         Circuit.load(path)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_a_folder_stands_for_the_circuit_in_it(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError) as caught:
+        Circuit.load(tmp_path)
+    assert str(caught.value) == f"{tmp_path} is a folder without a circuit.json. Give the file that Circuit.save() wrote."
+    circuit = Circuit.from_edges(TOY, ["embed->logits"])
+    circuit.save(tmp_path / "circuit.json")
+    assert Circuit.load(tmp_path) == circuit
+
+
+@pytest.mark.parametrize("name", ["ioi.svg", "ioi.PNG", "ioi.html"])
+def test_pictures_are_drawn_not_saved(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileFormatError) as caught:
+        Circuit.from_edges(TOY, ["embed->logits"]).save(tmp_path / name)
+    assert str(caught.value) == (
+        f"{name!r} ends like a picture, and a circuit is saved as JSON. For the picture: mi.draw(circuit).save({name!r})"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_binary_and_missing_files(tmp_path: Path) -> None:

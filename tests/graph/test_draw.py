@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from mechinterp.errors import GraphError, MissingExtraError
-from mechinterp.graph import Circuit, Edge, GraphShape, connected_edges, draw, scored_edges
+from mechinterp.graph import Circuit, Edge, GraphShape, connected_edges, draw, parse_node, scored_edges
+from mechinterp.graph.legend import box_of, points_of
 
 pytest.importorskip("pygraphviz")
 
+ROOT = Path(__file__).parents[2]
 TOY = GraphShape(n_layers=2, n_heads=2)
 GROUPED = GraphShape(n_layers=6, n_heads=4, n_kv_heads=2)
 SVG = "{http://www.w3.org/2000/svg}"
@@ -82,11 +87,11 @@ def test_sign_is_shown_without_colour_too() -> None:
 
 
 def test_ports_are_cells_of_the_head() -> None:
-    for shape, ports in ((TOY, ["q", "k", "v"]), (GROUPED, ["q", "kv"])):
+    for shape, ports in ((TOY, ["q", "k", "v"]), (GROUPED, ["q"])):
         circuit = Circuit.from_edges(shape, ["embed->a0.h0<q>", "a0.h0->logits"])
         groups = ElementTree.fromstring(draw(circuit).svg).iter(f"{SVG}g")
         head = next(group for group in groups if group.get("id") == "n_a0.h0")
-        assert [text.text for text in head.iter(f"{SVG}text")] == ["a0.h0", *ports]
+        assert [text.text for text in head.iter(f"{SVG}text")] == (["a0.h0", *ports] if len(ports) > 1 else [*ports, "a0.h0"])
 
 
 def test_captions_say_what_is_left_out() -> None:
@@ -110,6 +115,117 @@ def test_captions_say_what_is_left_out() -> None:
 @pytest.mark.parametrize("edges", [[], ["m0->logits"]], ids=["empty", "dangling"])
 def test_circuits_without_a_path_can_be_drawn(edges: list[str]) -> None:
     assert marks(draw(Circuit.from_edges(TOY, edges)).svg, "node").keys() == {"n_embed", "n_logits"}
+
+
+def test_the_key_explains_nodes_ports_and_widths() -> None:
+    def key(circuit: Circuit) -> str:
+        # xdot draws in cairo without spaces of its own: the words are as they were given.
+        return " | ".join(text for text in ElementTree.fromstring(draw(circuit).svg).itertext() if text.strip())
+
+    grouped = key(circuit_of(60))
+    assert all(words in grouped for words in ("attention head", "KV head", "MLP", "q k v: read as query, key, value"))
+    plain = key(Circuit.from_edges(TOY, ["embed->m0", "m0->logits"]))
+    assert "MLP" in plain
+    assert "head" not in plain and "q k v" not in plain
+
+
+def test_one_huge_edge_does_not_make_the_others_thin() -> None:
+    circuit = circuit_of(60)
+    edges = list(circuit.scores)
+    scores = {**dict.fromkeys(edges, 0.5), edges[0]: 1000.0}
+    svg = draw(Circuit(GROUPED, scores), connected=False).svg
+    assert "full width from 0.5 on" in svg
+    assert "positive, up to +1e+03" in svg
+    widths = {
+        float(width) for width in re.findall(r'class="edge">(?:(?!</g>).)*?<path[^>]*stroke-width="([\d.]+)"', svg, re.DOTALL)
+    }
+    assert 4.0 in widths and min(widths) >= 1.0
+    # In a small picture the strongest edge sets the scale, and nothing has to be said.
+    small = dict(list(scores.items())[:10])
+    assert "full width" not in draw(Circuit(GROUPED, small), connected=False).svg
+
+
+def test_layers_that_are_left_out_are_marked() -> None:
+    def dots(*edges: str) -> int:
+        return draw(Circuit.from_edges(GROUPED, edges)).svg.count("<ellipse")
+
+    assert dots("embed->m0", "m0->m1", "m1->logits") == 0
+    assert dots("embed->m0", "m0->m4", "m4->logits") == 3
+    assert dots("embed->m0", "m0->m2", "m2->m5", "m5->logits") == 6
+
+
+def test_a_png_is_opaque() -> None:
+    """Every pixel of every row, the last one and the last column too; measured with matplotlib's reader."""
+    image = pytest.importorskip("matplotlib.image")
+    for n in (5, 20, 60):
+        pixels = image.imread(io.BytesIO(draw(circuit_of(n)).render("png")))
+        assert pixels.shape[2] == 3 or pixels[..., 3].min() == 1.0
+        assert pixels[0, 0, :3].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_forty_edges_of_thirty_layers_fit_a_page() -> None:
+    """Thirty-layer models: forty edges fit a page of 500 by 700 points at nine points of type."""
+    circuit = Circuit.load(ROOT / "circuits" / "ioi-smollm2-135m" / "circuit.json")
+    box = re.search(r'viewBox="0.00 0.00 ([\d.]+) ([\d.]+)"', draw(circuit, max_edges=40).svg)
+    assert box
+    assert float(box[1]) <= 610 and float(box[2]) <= 700
+
+
+def test_edges_keep_clear_of_nodes() -> None:
+    """No edge is drawn through the middle of a node that it does not belong to."""
+    circuit = Circuit.load(ROOT / "circuits" / "ioi-smollm2-135m" / "circuit.json")
+    for n in (30, 40, 100):
+        graph = pygraphviz_of(draw(circuit, max_edges=n).dot)
+        boxes = {str(node): box_of(node) for node in graph.nodes() if not str(node).startswith("corner")}
+        struck = set()
+        for edge in graph.edges():
+            for x, y in along(points_of(edge)):
+                for name, (left, low, right, high) in boxes.items():
+                    inside = left + 3 < x < right - 3 and low + 3 < y < high - 3
+                    if inside and name not in (str(edge[0]), str(edge[1])):
+                        struck.add((str(edge[0]), str(edge[1]), name))
+        assert not struck
+
+
+def pygraphviz_of(dot: str) -> Any:
+    import pygraphviz
+
+    return pygraphviz.AGraph(dot)
+
+
+def along(controls: list[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Points on the cubic curves of an edge; the first control point is the arrow's tip."""
+    spline = controls[1:]
+    for first in range(0, len(spline) - 3, 3):
+        a, b, c, d = spline[first : first + 4]
+        for step in range(21):
+            t = step / 20
+            weights = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t**3)
+            yield tuple(sum(w * p[i] for w, p in zip(weights, (a, b, c, d), strict=True)) for i in (0, 1))  # type: ignore[misc]
+
+
+def test_labels_may_name_sites() -> None:
+    circuit = circuit_of(20)
+    name = circuit.heads()[0]
+    layer, head = parse_node(name).layer, parse_node(name).head
+    assert draw(circuit, labels={f"L{layer}.H{head}": "mine"}).svg == draw(circuit, labels={name: "mine"}).svg
+    with pytest.raises(GraphError, match=r"^There is no node a9.h0: the layers are 0 to 5.$"):
+        draw(circuit, labels={"L9.H0": "x"})
+
+
+def test_one_edge_is_not_edges() -> None:
+    one = Circuit.from_edges(TOY, ["embed->logits"])
+    assert repr(one) == "Circuit: 1 edge (1 connected) of 46, 2 nodes"
+    assert repr(draw(one)) == "Diagram: 1 edge and 2 nodes of a circuit of 1 edge"
+    assert draw(one).caption == "The one edge of the circuit, 46 in the model."
+
+
+def test_pages_open_at_full_width() -> None:
+    """The view is cut to the window's proportions; the whole picture is a button away."""
+    page = draw(circuit_of(20)).html
+    assert "if (opened.width > 0) view[3] = Math.min(whole[3], whole[2] * opened.height / opened.width);" in page
+    # And the box to find nodes understands "L9.H6".
+    assert '.replace(/^l(\\d+)\\.(h|kv)/, "a$1.$2")' in page
 
 
 def test_titles() -> None:
@@ -186,7 +302,7 @@ def test_notebooks_show_circuits_and_diagrams() -> None:
 def test_without_pygraphviz(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "pygraphviz", None)
     diagram = draw(circuit_of(5))
-    with pytest.raises(MissingExtraError, match=r"Drawing a circuit needs pygraphviz. Run: pip install pygraphviz"):
+    with pytest.raises(MissingExtraError, match=r"^drawing a circuit needs pygraphviz. .* 'mechinterp-hooks\[draw\]'$"):
         diagram.save(tmp_path / "c.svg")
     assert diagram._repr_svg_() is None
     assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,20 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        (SMOLLM2, "30 layers of 9 heads, 3 KV heads"),
+        (GraphShape(n_layers=1, n_heads=1), "1 layer of 1 head"),
+        (GraphShape(2, 4, parallel=True), "2 layers of 4 heads, attention and MLP in parallel"),
+        (GraphShape(2, 4, attn_only=True), "2 layers of 4 heads, without MLPs"),
+    ],
+)
+def test_shapes_are_told_in_words(shape: GraphShape, words: str) -> None:
+    assert str(shape) == words
+    assert eval(repr(shape)) == shape  # noqa: S307
+
+
 @pytest.mark.parametrize(("shape", "count"), [(SMOLLM2, 70_651), (GPT2, 32_491)])
 def test_published_sizes(shape: GraphShape, count: int) -> None:
     assert shape.n_edges == len(scored_edges(shape)) == len(set(scored_edges(shape))) == count

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ def read(tmp_path: Path, tokenizer: Any) -> Read:
 def test_a_file_becomes_a_task(read: Read, tokenizer: Any) -> None:
     task = read(GOOD, "", {**GOOD, "right": [" book", " drink"]})
     assert repr(task) == "Task gifts: 2 pairs of 4 tokens, differ at 1 position, metric logit_diff"
+    text = "\n".join([json.dumps(GOOD), "", json.dumps({**GOOD, "right": [" book", " drink"]})])
     assert task.token_strings == (("<s>", "Mary", "gave", "a"),) * 2
     ids = tokenizer.get_vocab()
     assert task.right.tolist() == [[ids["book"], -1], [ids["book"], ids["drink"]]]
@@ -40,6 +42,7 @@ def test_a_file_becomes_a_task(read: Read, tokenizer: Any) -> None:
     assert task.provenance == {
         "generator": "from_jsonl",
         "file": "gifts.jsonl",
+        "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
         "n": 2,
         "tokenizer": "words",
         "bos": True,

@@ -103,4 +103,4 @@ def test_to_frame_without_pandas(monkeypatch: pytest.MonkeyPatch, task: Task) ->
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(MissingExtraError) as caught:
         task.to_frame()
-    assert str(caught.value) == "to_frame() makes a pandas.DataFrame: pip install pandas"
+    assert str(caught.value) == "a table needs pandas. Run: pip install 'mechinterp-hooks[frames]'"

@@ -102,6 +102,21 @@ def test_split_is_a_partition_that_its_seed_decides() -> None:
     assert found_on.provenance["split"] == "found_on"
 
 
+def test_samples_are_drawn_by_their_seed() -> None:
+    task = Task(name="t", clean=[[i] for i in range(9)], corrupt=[[20]] * 9, right=[21] * 9, wrong=[22] * 9, provenance={"a": 1})
+    drawn = task.sample(4, seed=0)
+    rows = drawn.clean[:, 0].tolist()
+    assert rows == sorted(set(rows)) and len(rows) == 4
+    assert drawn.provenance == {"a": 1, "sample": 4, "sample_seed": 0}
+    assert task.sample(4, seed=0).clean.tolist() == drawn.clean.tolist()
+    assert any(task.sample(4, seed=seed).clean.tolist() != drawn.clean.tolist() for seed in range(1, 5))
+    assert task.sample(9, seed=5).clean.tolist() == task.clean.tolist()
+    for n in (0, 10):
+        with pytest.raises(TaskError) as caught:
+            task.sample(n, seed=0)
+        assert str(caught.value) == f"{n} pairs were asked of task 't', which has 9: ask for 1 to 9."
+
+
 def test_split_never_puts_one_prompt_on_both_sides() -> None:
     task = _numbered(6)[[0, 0, 0, 1, 1, 2, 3, 4, 5, 5]]
     for seed in range(20):
