@@ -16,14 +16,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechinterp import tasks as tasks
     from mechinterp import toys as toys
+    from mechinterp.core.ablation import Ablation as Ablation
     from mechinterp.core.audit import Audit as Audit
     from mechinterp.core.audit import audit as audit
     from mechinterp.core.edits import Add as Add
     from mechinterp.core.edits import Call as Call
+    from mechinterp.core.edits import Clamp as Clamp
     from mechinterp.core.edits import Edit as Edit
+    from mechinterp.core.edits import Freeze as Freeze
+    from mechinterp.core.edits import Mean as Mean
+    from mechinterp.core.edits import Noise as Noise
     from mechinterp.core.edits import Project as Project
     from mechinterp.core.edits import Replace as Replace
+    from mechinterp.core.edits import Resample as Resample
     from mechinterp.core.edits import Scale as Scale
+    from mechinterp.core.edits import Swap as Swap
     from mechinterp.core.edits import Zero as Zero
     from mechinterp.core.edits import edit_from_json as edit_from_json
     from mechinterp.core.effects import Effects as Effects
@@ -31,12 +38,15 @@ if TYPE_CHECKING:
     from mechinterp.core.generate import generate as generate
     from mechinterp.core.hooks import HookRegistry as HookRegistry
     from mechinterp.core.model import Model as Model
+    from mechinterp.core.plan import Plan as Plan
+    from mechinterp.core.reference import deviation as deviation
     from mechinterp.core.run import Cache as Cache
     from mechinterp.core.run import Run as Run
     from mechinterp.core.run import run as run
     from mechinterp.core.select import Selection as Selection
     from mechinterp.core.select import select as select
     from mechinterp.core.sites import Site as Site
+    from mechinterp.core.tokens import token_positions as token_positions
     from mechinterp.discovery.describe import HeadStory as HeadStory
     from mechinterp.discovery.describe import describe as describe
     from mechinterp.discovery.discover import discover as discover
@@ -53,29 +63,52 @@ if TYPE_CHECKING:
     from mechinterp.graph import draw as draw
     from mechinterp.graph import random_edges as random_edges
     from mechinterp.patching.activation import patch as patch
+    from mechinterp.patching.activation import plan as plan
     from mechinterp.patching.attribution import attribute as attribute
+    from mechinterp.patching.edges import edge_effects as edge_effects
+    from mechinterp.patching.edges import plan_edges as plan_edges
     from mechinterp.tasks import Metric as Metric
     from mechinterp.tasks import Task as Task
     from mechinterp.zoo import load as load
 
 _HOMES = {
+    "core.ablation": ("Ablation",),
     "core.audit": ("Audit", "audit"),
-    "core.edits": ("Add", "Call", "Edit", "Project", "Replace", "Scale", "Zero", "edit_from_json"),
+    "core.edits": (
+        "Add",
+        "Call",
+        "Clamp",
+        "Edit",
+        "Freeze",
+        "Mean",
+        "Noise",
+        "Project",
+        "Replace",
+        "Resample",
+        "Scale",
+        "Swap",
+        "Zero",
+        "edit_from_json",
+    ),
     "core.effects": ("Effects",),
     "core.generate": ("Generation", "generate"),
     "core.hooks": ("HookRegistry",),
     "core.model": ("Model",),
+    "core.plan": ("Plan",),
+    "core.reference": ("deviation",),
     "core.run": ("Cache", "Run", "run"),
     "core.select": ("Selection", "select"),
     "core.sites": ("Site",),
+    "core.tokens": ("token_positions",),
     "discovery.describe": ("HeadStory", "describe"),
     "discovery.discover": ("discover",),
     "discovery.evaluate": ("Report", "evaluate"),
     "discovery.running": ("CircuitRuns", "run_circuits"),
     "errors": ("MechInterpError",),
     "graph": ("Circuit", "Diagram", "Edge", "GraphShape", "computation_graph", "draw", "random_edges"),
-    "patching.activation": ("patch",),
+    "patching.activation": ("patch", "plan"),
     "patching.attribution": ("attribute",),
+    "patching.edges": ("edge_effects", "plan_edges"),
     "tasks": ("Metric", "Task"),
     "zoo": ("load",),
 }

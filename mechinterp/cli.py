@@ -125,6 +125,9 @@ def evaluate(
     metric: MetricName = None,
     pairs: TaskFile = None,
     random_circuits: Annotated[int, typer.Option(min=0, help="Random circuits of equal size to compare with.")] = 5,
+    ablation: Annotated[
+        str, typer.Option(help="What edges outside carry: zero, mean, mean-pos, resample, resample-shuffled, optimal.")
+    ] = "resample",
 ) -> None:
     """Judge a saved circuit on fresh prompts."""
     import mechinterp as mi
@@ -137,7 +140,8 @@ def evaluate(
         raise MechInterpError(f"{file} does not say its model and task; pass --model and --task")
     loaded = mi.load(source)
     prompts = _task(loaded, name, pairs, n, seed)
-    print(mi.evaluate(circuit, loaded, prompts, seed=seed, random_circuits=random_circuits, metric=metric, progress=True))
+    chosen: dict[str, Any] = {"ablation": ablation, "random_circuits": random_circuits, "metric": metric}
+    print(mi.evaluate(circuit, loaded, prompts, seed=seed, progress=True, **chosen))
 
 
 @app.command()

@@ -10,10 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mechinterp.core.loading import load_model
 from mechinterp.core.model import Model
+from mechinterp.core.plain import load_plain
 from mechinterp.errors import ModelError, did_you_mean
 
 __all__ = ["describe_models", "load"]
@@ -35,8 +36,10 @@ def load(
     dtype: torch.dtype | None = None,
     tokenizer: Any = None,
     name: str | None = None,
+    sites: Mapping[str, tuple[str, tuple[str, ...]]] | None = None,
+    example: Tensor | None = None,
 ) -> Model:
-    """Which model is studied? A `Model` of anything that holds a transformer.
+    """Which model is studied? A `Model` of anything that holds a transformer, or of any module whose activations you name.
 
     Parameters
     ----------
@@ -49,6 +52,10 @@ def load(
         For live modules, or instead of the one found. May be absent: tasks can be made from token ids.
     name
         What results call it.
+    sites, example
+        For a module that is no transformer: its named activations, and an input to check them with. Each name goes to the
+        submodule whose output it is, and to its axes: ``{"conv1": ("features.0", ("batch", "channel", "height", "width"))}``;
+        see `mechinterp.core.plain.load_plain`.
 
     Returns
     -------
@@ -68,6 +75,13 @@ def load(
     >>> mi.load("toy:induction").cfg.n_layers
     2
     """
+    if sites is not None or example is not None:
+        if sites is None or example is None or not isinstance(source, nn.Module):
+            raise ModelError(
+                "a plain module is loaded with both sites= and example=: "
+                "mi.load(module, sites={'hidden': ('path.of.module', ('batch', 'neuron'))}, example=inputs)"
+            )
+        return load_plain(source.to(device=device, dtype=dtype), sites, example, name=name)
     with warnings.catch_warnings():
         # In a notebook without ipywidgets the first import of it, by whomever, warns. Its bars are text then, and fine.
         warnings.filterwarnings("ignore", message="IProgress not found")
@@ -76,8 +90,7 @@ def load(
         from mechinterp import toys
 
         toy = toys.build(source.removeprefix("toy:")).model
-        toy.hf.to(device=device, dtype=dtype)
-        return toy
+        return load_model(toy, device=device, dtype=dtype, tokenizer=tokenizer, name=name)
     if source == "smollm2":
         from mechinterp.core.gguf import find_smollm2
 

@@ -119,6 +119,21 @@ def test_evaluate_knows_model_and_task_of_the_file(found: tuple[Path, str]) -> N
     assert "2 random circuits of equal size" in told
 
 
+def test_evaluate_under_another_ablation(found: tuple[Path, str]) -> None:
+    told = call("evaluate", found[0] / "circuit.json", "--n", 8, "--random-circuits", 0, "--ablation", "mean-pos")
+    assert "8 prompts, mean-pos ablation\n" in told
+    assert re.search(r"corrupt -?[\d.]+, everything ablated -?[\d.]+, circuit", told)
+    drawn = call("evaluate", found[0] / "circuit.json", "--n", 8, "--random-circuits", 0, "--ablation", "resample-shuffled")
+    assert "8 prompts, resample-shuffled, seed 1 ablation\n" in drawn
+
+
+def test_evaluate_under_an_unknown_ablation(
+    found: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(monkeypatch, capsys, "evaluate", found[0] / "circuit.json", "--n", 8, "--ablation", "men")
+    assert "mechinterp: there is no ablation 'men'. Did you mean 'mean'?" in told
+
+
 def test_evaluate_asks_for_what_the_file_does_not_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

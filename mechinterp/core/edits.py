@@ -2,110 +2,77 @@
 
 ========  =========================================================================
 Replace   put another value there: a patch from another run, a constant, a counterfactual
-Add       steer: add a vector
-Scale     turn a component up or down
+Freeze    hold activations at the values of a recorded run
+Mean      put one value there for all rows: the mean over a reference
 Zero      the crudest knock-out; the value zero is usually off the model's distribution
+Resample  put the value of another row there
+Swap      exchange the values of two rows
+Add       steer: add a vector
+Noise     disturb: add draws from a normal distribution
+Scale     turn a component up or down
+Clamp     keep values between two bounds
 Project   remove a direction or subspace, or keep nothing else
 Call      any function of the value; the only one that cannot be written to a file
 ========  =========================================================================
 
 Edits say *where* with a selector, optionally for some rows of the batch only. Those at the same place are
 applied by ``priority``, then in the order given. Two replacements of the same numbers are an error.
+Where the values of an ablation come from is said by `mechinterp.Ablation`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mechinterp.core.select import Selection
+from mechinterp.core.edit import Edit, Number, fitting
+from mechinterp.core.rows import Noise, Resample, Swap
+from mechinterp.core.select import select
 from mechinterp.core.sites import Site
 from mechinterp.errors import EditError, did_you_mean
 
-__all__ = ["Add", "Call", "Edit", "Project", "Replace", "Scale", "Zero", "edit_from_json"]
-
-Where = str | Site | Selection
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Scope:
-    """Fields that every edit has."""
-
-    rows: tuple[int, int] | None = None
-    priority: int = 0
-
-
-@dataclass(frozen=True)
-class Edit(_Scope):
-    """Base of all edits: ``at`` says where, ``rows=(first, stop)`` which prompts, ``priority`` when.
-
-    A subclass gives `apply`, which sees the selected part ``[rows ...]`` and returns its new value.
-    """
-
-    at: Where
-    # Two edits that set a value outright cannot both hold.
-    absolute: ClassVar[bool] = False
-
-    def apply(self, value: Tensor, site: Site) -> Tensor:
-        """The new value of this part of the activation."""
-        raise EditError(f"{type(self).__name__} does not say what to do; use one of its subclasses, such as Zero")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data that `edit_from_json` reads back."""
-        data: dict[str, Any] = {"edit": type(self).__name__}
-        for each in fields(self):
-            content = getattr(self, each.name)
-            if isinstance(content, Tensor):
-                content = {"tensor": content.tolist(), "dtype": str(content.dtype).removeprefix("torch.")}
-            elif isinstance(content, Selection):
-                content = " | ".join(str(site) for site in content)
-            elif isinstance(content, Site):
-                content = str(content)
-            data[each.name] = content
-        return data
-
-    def __repr__(self) -> str:
-        shown = [str(self.at) if isinstance(self.at, Site) else repr(self.at)]
-        for each in fields(self):
-            content = getattr(self, each.name)
-            if isinstance(content, Tensor):
-                content = f"<{list(content.shape)}>"
-            elif isinstance(content, Mapping):
-                content = f"<{len(content)} values>"
-            elif each.name == "at" or content == each.default:
-                continue
-            shown.append(f"{each.name}={content}")
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-
-def _fitting(value: Tensor, given: Tensor, site: Site, edit: Edit) -> Tensor:
-    """The tensor that an edit brings, or an error that says what would fit: nothing is broadcast silently."""
-    if given.shape != value.shape:
-        raise EditError(
-            f"{type(edit).__name__} at {site}: the value has shape {list(given.shape)}, but the activation there has "
-            f"{list(value.shape)}; expand it explicitly if one value is meant for all"
-        )
-    if given.dtype != value.dtype or given.device != value.device:
-        raise EditError(
-            f"{type(edit).__name__} at {site}: the value is {given.dtype} on {given.device}, the activation "
-            f"{value.dtype} on {value.device}; convert it with .to(model.device, model.dtype)"
-        )
-    return given
+__all__ = [
+    "Add",
+    "Call",
+    "Clamp",
+    "Edit",
+    "Freeze",
+    "Mean",
+    "Noise",
+    "Project",
+    "Replace",
+    "Resample",
+    "Scale",
+    "Swap",
+    "Zero",
+    "edit_from_json",
+]
 
 
 def _vector(value: Tensor, given: Tensor, site: Site, edit: Edit) -> Tensor:
     """A direction ``[d]`` for the last axis, the one kind of value that is meant for all rows and positions."""
     # Of a single neuron the last axis left is the position, and a vector along it is no direction.
     if given.ndim == 1 and site.neuron is None and value.ndim and given.shape[0] == value.shape[-1]:
-        return _fitting(value, given.expand_as(value), site, edit)
-    return _fitting(value, given, site, edit)
+        return fitting(value, given.expand_as(value), site, edit)
+    return fitting(value, given, site, edit)
 
 
-@dataclass(frozen=True, repr=False)
+def _given(values: Tensor | Mapping[Site, Tensor], site: Site, edit: Edit) -> Tensor:
+    """The value for one site."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return values[site]
+    except KeyError:
+        raise EditError(f"{type(edit).__name__} at {site}: no value was given for it. {did_you_mean(site, values)}") from None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Replace(Edit):
     """Put ``value`` there. A tensor of exactly the selected shape ``[rows ...]``, or a mapping from site to tensor."""
 
@@ -113,42 +80,74 @@ class Replace(Edit):
     absolute: ClassVar[bool] = True
 
     def apply(self, value: Tensor, site: Site) -> Tensor:
-        if isinstance(self.value, Tensor):
-            return _fitting(value, self.value, site, self)
-        try:
-            given = self.value[site]
-        except KeyError:
-            raise EditError(f"Replace at {site}: no value was given for it. {did_you_mean(site, self.value)}") from None
-        return _fitting(value, given, site, self)
-
-    def to_json(self) -> dict[str, Any]:
-        if not isinstance(self.value, Tensor):
-            raise EditError("Replace with a mapping of values is not written to JSON; write one Replace per site")
-        return super().to_json()
+        return fitting(value, _given(self.value, site, self), site, self)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
+class Freeze(Edit):
+    """Hold activations at the values that they had in a recorded run, bit for bit: ``Freeze("L*.attn_out", run.cache)``.
+
+    Row i gets the recorded row i; with ``rows=(first, stop)`` it may hold the whole batch or those rows alone. Of a
+    `Cache` any part of what was captured can be frozen (a head of ``L5.z``); of another mapping, the sites in it.
+    """
+
+    values: Mapping[Site, Tensor]
+    absolute: ClassVar[bool] = True
+
+    def apply(self, value: Tensor, site: Site) -> Tensor:
+        given = _given(self.values, site, self)
+        if self.rows is not None and len(given) != len(value):
+            given = given[slice(*self.rows)]
+        return fitting(value, given, site, self)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mean(Edit):
+    """Put one value there for all rows: the mean over a reference, which ``mi.Ablation("mean").edit(...)`` computes.
+
+    ``value``, or the one for each site, has the shape of the selected part without rows; it may also leave out the position
+    (pooled), or have 1 in place of both: ``[d]``, ``[pos d]`` or ``[1 1 d]`` at ``L5.mlp_out``.
+    """
+
+    value: Tensor | Mapping[Site, Tensor]
+    absolute: ClassVar[bool] = True
+
+    def apply(self, value: Tensor, site: Site) -> Tensor:
+        given = _given(self.value, site, self)
+        full = given.reshape((1,) * (value.ndim - given.ndim) + given.shape)
+        spread = {0}
+        axis = site.kind.pos_axis
+        if site.pos is None and axis is not None:
+            head = site.kind.axes.index(site.kind.head_axis) if site.head is not None and site.kind.head_axis else axis
+            spread.add(axis - (head < axis))
+        sizes = zip(full.shape, value.shape, strict=False)
+        if full.ndim == value.ndim and all(have in (size, 1 if i in spread else size) for i, (have, size) in enumerate(sizes)):
+            full = full.expand_as(value)
+        return fitting(value, full if full.shape == value.shape else given, site, self)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Add(Edit):
     """Add ``scale * value``: a vector ``[d]`` for every row and position, or a tensor of exactly the selected shape."""
 
     value: Tensor
-    scale: float = 1.0
+    scale: Number = 1.0
 
     def apply(self, value: Tensor, site: Site) -> Tensor:
         return value + self.scale * _vector(value, self.value, site, self)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scale(Edit):
     """Multiply by ``factor``."""
 
-    factor: float
+    factor: Number
 
     def apply(self, value: Tensor, site: Site) -> Tensor:
         return value * self.factor
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Zero(Edit):
     """Set to zero."""
 
@@ -158,7 +157,24 @@ class Zero(Edit):
         return torch.zeros_like(value)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
+class Clamp(Edit):
+    """Keep every number between ``low`` and ``high``; one of them may be left out."""
+
+    low: Number | None = None
+    high: Number | None = None
+
+    def __post_init__(self) -> None:
+        if self.low is None and self.high is None:
+            raise EditError("Clamp has no bounds; give low=, high= or both")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise EditError(f"Clamp: nothing is between low={self.low} and high={self.high}")
+
+    def apply(self, value: Tensor, site: Site) -> Tensor:
+        return value.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Project(Edit):
     """Remove the span of ``directions`` ``[d]`` or ``[n d]`` (default), or with ``onto=True`` keep nothing else."""
 
@@ -183,7 +199,7 @@ class Project(Edit):
         return along if self.onto else value - along
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Call(Edit):
     """Apply any function ``function(value, site) -> new value``, or one that changes its argument in place and returns nothing.
 
@@ -200,13 +216,17 @@ class Call(Edit):
             return own
         if not isinstance(result, Tensor):
             raise EditError(f"Call at {site}: the function gave {type(result).__name__}, not a tensor")
-        return _fitting(value, result, site, self)
+        return fitting(value, result, site, self)
 
     def to_json(self) -> dict[str, Any]:
         raise EditError("Call holds a Python function and cannot be written to a file; use one of the named edits")
 
 
-_EDITS: dict[str, type[Edit]] = {cls.__name__: cls for cls in (Replace, Add, Scale, Zero, Project)}
+_EDITS: dict[str, type[Edit]] = {
+    cls.__name__: cls for cls in (Replace, Freeze, Mean, Zero, Resample, Swap, Add, Noise, Scale, Clamp, Project)
+}
+# The name of one site says all of it; no model's sizes are needed to read it.
+_ANY = SimpleNamespace(**dict.fromkeys(("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp"), 1 << 30))
 
 
 def edit_from_json(data: Mapping[str, Any]) -> Edit:
@@ -230,14 +250,19 @@ def edit_from_json(data: Mapping[str, Any]) -> Edit:
     for key, entry in content.items():
         if key not in known:
             raise EditError(f"{name} has no field {key!r}. {did_you_mean(key, known)}")
-        if isinstance(entry, Mapping) and "tensor" in entry:
-            content[key] = torch.tensor(entry["tensor"], dtype=_dtype(entry.get("dtype")))
-        elif key == "rows" and entry is not None:
-            content[key] = tuple(entry)
+        content[key] = _read(entry)
     missing = [key for key, each in known.items() if each.default is MISSING and key not in content]
     if missing:
         raise EditError(f"{name} needs {', '.join(missing)}; there is only {', '.join(content) or 'nothing'}")
     return _EDITS[name](**content)
+
+
+def _read(entry: Any) -> Any:
+    if isinstance(entry, Mapping) and "tensor" in entry:
+        return torch.tensor(entry["tensor"], dtype=_dtype(entry.get("dtype")))
+    if isinstance(entry, Mapping) and "sites" in entry:
+        return {select(site, _ANY).sites[0]: _read(value) for site, value in entry["sites"].items()}
+    return tuple(_read(each) for each in entry) if isinstance(entry, list) else entry
 
 
 def _dtype(name: object) -> torch.dtype:

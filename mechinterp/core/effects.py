@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mechinterp.core.resampling import adjusted, bootstrap_interval, sign_flip
 from mechinterp.errors import EditError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -71,6 +72,26 @@ class Effects:
         # torch gives nan as well, with a warning.
         return self.per_example.float().std(dim=-1) / n**0.5 if n > 1 else torch.full_like(self.values, torch.nan)
 
+    def interval(self, confidence: float = 0.95, resamples: int = 2000, *, seed: int) -> tuple[Tensor, Tensor]:
+        """``[*axes]`` lower and upper end of the mean over prompts: percentile bootstrap; nan for a single prompt.
+
+        Of normalised effects the unit, one number for all prompts, is taken as known: the interval is that of the
+        numerator. Few prompts make it too narrow (by about sqrt((n - 1) / n)).
+        """
+        flat = self.per_example.reshape(-1, self.per_example.shape[-1])
+        low, high = bootstrap_interval(flat, confidence=confidence, resamples=resamples, seed=seed)
+        return low.reshape(self.values.shape), high.reshape(self.values.shape)
+
+    def p_values(self, *, seed: int, permutations: int = 10_000, correction: str | None = None) -> Tensor:
+        """``[*axes]``: how often chance alone would move the mean as far from 0, by flipping signs of prompts.
+
+        Exact up to 13 prompts (2^n patterns within ``permutations``), else of patterns drawn by ``seed``. The smallest that n
+        prompts can give is 2^(1 - n). ``correction`` is for the number of cells: "holm" keeps the chance of any false cell
+        below p, "bh" (Benjamini-Hochberg) the share of false ones among those taken.
+        """
+        found = sign_flip(self.per_example.reshape(-1, self.per_example.shape[-1]), permutations=permutations, seed=seed)
+        return (adjusted(found, correction) if correction else found).reshape(self.values.shape)
+
     def __sub__(self, other: Effects) -> Effects:
         """Cell by cell, for instance an estimate minus the exact effect. Both must have the same axes, labels and prompts."""
         if self.per_example.shape[-1] != other.per_example.shape[-1]:
@@ -117,8 +138,20 @@ class Effects:
             raise EditError(f"effects over {self.axes} have no single label per cell; use to_frame()")
         return dict(zip(self.coords[self.axes[0]], self.values.tolist(), strict=True))
 
-    def to_frame(self) -> pd.DataFrame:
-        """A table: a column for each axis (``src dst port`` for edges), ``value`` and ``standard_error``."""
+    def to_frame(self, **columns: Tensor) -> pd.DataFrame:
+        """A table: a column for each axis (``src dst port`` for edges), ``value`` and ``standard_error``.
+
+        More numbers on the same axes become more columns: ``to_frame(p_value=effects.p_values(seed=0))``.
+
+        Examples
+        --------
+        >>> effects = Effects("x", ("layer",), {"layer": (0, 1)}, torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, -1.0]]))
+        >>> low, high = effects.interval(seed=0)
+        >>> effects.to_frame(low=low, high=high, p_value=effects.p_values(seed=0)).round(2)
+           layer  value  standard_error  low  high  p_value
+        0      0    2.0            0.58  1.0   3.0     0.25
+        1      1    0.0            0.58 -1.0   1.0     1.00
+        """
         try:
             import pandas as pd
         except ImportError:
@@ -129,7 +162,15 @@ class Effects:
         else:
             index = pd.MultiIndex.from_product([self.coords[axis] for axis in self.axes], names=self.axes)
             frame = index.to_frame(index=False)
-        return frame.assign(value=values, standard_error=errors)
+        more = {}
+        for name, column in columns.items():
+            if column.shape != self.values.shape or name in (*frame.columns, "value", "standard_error"):
+                raise EditError(
+                    f"column {name!r} of shape {list(column.shape)} cannot join a table of {', '.join(map(str, frame.columns))}, "
+                    f"value, standard_error; give it another name, or a number for each cell, {list(self.values.shape)}"
+                )
+            more[name] = column.flatten().tolist()
+        return frame.assign(value=values, standard_error=errors, **more)
 
     def plot(self) -> Figure:
         """A heat map (two axes) or the strongest cells as bars, as a matplotlib figure.

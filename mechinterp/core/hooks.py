@@ -89,6 +89,8 @@ class HookRegistry:
         Named positions, a name to ``[batch]`` positions (``task.positions``), for selectors such as ``"L5.H1.z[S2]"``.
     lengths
         ``[batch]`` real tokens of each prompt, where they are padded on the right: ``[-1]`` is then the last real one.
+    partial
+        Modules of the model are called alone inside the ``with`` block, each once, and not the model itself.
 
     Raises
     ------
@@ -116,6 +118,7 @@ class HookRegistry:
     model: Model
     positions: Mapping[str, Tensor] = field(default_factory=dict)
     lengths: Tensor | None = None
+    partial: bool = False
     _steps: list[_Step] = field(default_factory=list, repr=False)
     _claims: dict[Site, list[_Claim]] = field(default_factory=dict, repr=False)
     _forwards: int = field(default=0, repr=False)
@@ -253,7 +256,7 @@ class HookRegistry:
         handles: list[Any] = []
         kept: dict[tuple[int, str], Tensor] = {}
         self._number = me = next(_NUMBERS)
-        self._forwards = 0
+        self._forwards = int(self.partial)
         self._checked.clear()
         for step in self._steps:
             step.fired = step.acted = 0
@@ -302,7 +305,7 @@ class HookRegistry:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if me not in _ACTIVE.get():
                 return None
-            is_output = module is self.model.hf
+            is_output = module is self.model.hf and hasattr(output, "logits")
             tensor = output.logits if is_output else output
             # One for each site, shared by its steps: a place may note there what it wrote.
             noted: dict[Site, dict[str, Tensor]] = {}

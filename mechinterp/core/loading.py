@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mechinterp.core.bridging import bridge_of, open_attention
 from mechinterp.core.model import Model, ModelConfig
 from mechinterp.errors import ModelError
 
@@ -98,50 +96,15 @@ def wrap(module: nn.Module, *, tokenizer: Any = None, name: str) -> Model:
                 "parametrisation of the model. Pass a fresh bridge, without enable_compatibility_mode()"
             )
     else:
-        bridge = _bridge(module, name)
+        bridge = bridge_of(module, name)
     module = bridge.original_model
     module.eval()
-    model = Model(bridge=bridge, tokenizer=tokenizer, name=name, cfg=_config(bridge))
+    cfg = _config(bridge)
+    open_attention(bridge)
+    model = Model(bridge=bridge, tokenizer=tokenizer, name=name, cfg=cfg)
     # Proved now, so that no site is ever used that does not mean what it says.
     _ = model.audit
     return model
-
-
-def _bridge(module: nn.Module, name: str) -> Any:
-    config = getattr(module, "config", None)
-    if config is None or not hasattr(config, "model_type"):
-        raise ModelError(f"{type(module).__name__} is not a Hugging Face transformer: it has no config; pass a PreTrainedModel")
-    existing = getattr(module, "_mechinterp_bridge", None)
-    if existing is not None:
-        # Bridging twice would wrap the hook points of the first time.
-        return existing
-    # The bridge makes layers of its own, with random numbers that it then replaces.
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        from transformer_lens.model_bridge.sources import build_bridge_from_module
-
-        # A fused attention kernel shows no scores and no pattern to hook.
-        config._attn_implementation = "eager"
-        try:
-            bridge = build_bridge_from_module(module, type(module).__name__, hf_config=config, model_name=name)
-        except (ValueError, KeyError, RuntimeError, AttributeError) as error:
-            raise ModelError(
-                f"transformer_lens cannot wrap {type(module).__name__} ({config.model_type}): {error}. "
-                "See transformer_lens.model_bridge.sources.list_supported_models()"
-            ) from error
-    object.__setattr__(module, "_mechinterp_bridge", bridge)
-    return bridge
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformer_lens sets its log level on import; the caller's logging stays as it was."""
-    root, level = logging.getLogger(), logging.getLogger().level
-    handlers = list(root.handlers)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
 
 
 def _config(bridge: Any) -> ModelConfig:
@@ -163,7 +126,7 @@ def _config(bridge: Any) -> ModelConfig:
         n_kv_heads=int(n_kv),
         d_model=given.d_model,
         d_head=given.d_head,
-        d_mlp=int(given.d_mlp or 4 * given.d_model),
+        d_mlp=_width(first) or int(given.d_mlp or 4 * given.d_model),
         d_vocab=given.d_vocab,
         n_ctx=int(getattr(hf, "max_position_embeddings", None) or getattr(hf, "n_positions", None) or given.n_ctx),
         norm="rms" if given.uses_rms_norm else "ln",
@@ -172,6 +135,16 @@ def _config(bridge: Any) -> ModelConfig:
         attn_only=all(_writes_nothing(block) for block in blocks),
         post_norm=hasattr(first, "ln1_post") or hasattr(first, "ln2_post"),
     )
+
+
+def _width(block: Any) -> int | None:
+    """How many neurons the MLP has, by the weights of its last projection; ``None`` of a mixture of experts."""
+    module = getattr(getattr(getattr(block, "mlp", None), "out", None), "original_component", None)
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return None
+    # Hugging Face's Conv1D (GPT-2) keeps [in out], torch's Linear [out in].
+    return int(weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1])
 
 
 def _writes_nothing(block: Any) -> bool:

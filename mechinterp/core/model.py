@@ -16,6 +16,9 @@ from mechinterp.errors import ModelError, SiteError
 
 __all__ = ["Model", "ModelConfig"]
 
+# What Hugging Face calls the non-linearity of an MLP.
+_ACTIVATIONS = ("activation_fn", "act_fn", "gelu_impl", "act", "activation")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -196,7 +199,8 @@ class Model:
             # Falcon, Phi and GPT-J share one norm between attention and MLP.
             norm = getattr(owner, "ln1", None)
         if norm is None:
-            raise SiteError(f"{self.name} ({self.cfg.architecture}) has no norm in front of {which}")
+            # Blocks that norm what they add, and nothing else, read the stream itself (OLMo 2).
+            return nn.Identity()
         return norm.original_component
 
     def projection(self, layer: int, which: str) -> Projection:
@@ -219,16 +223,37 @@ class Model:
 
     def attention_adds(self, layer: int, z: Tensor) -> Tensor:
         """What attention adds to the stream ``[batch pos d_model]`` for these head outputs z ``[batch pos head d_head]``."""
-        block = self.block(layer)
-        out = block.attn.o.original_component(z.flatten(start_dim=2))
+        return self.attention_passes(layer, self.attention_sums(layer, z))
+
+    def attention_sums(self, layer: int, z: Tensor) -> Tensor:
+        """The heads' outputs, summed, and the output bias; before a norm that they may have to pass."""
+        return self.block(layer).attn.o.original_component(z.flatten(start_dim=2))
+
+    def attention_passes(self, layer: int, summed: Tensor) -> Tensor:
+        """What is left of the sum after the norm between attention and the stream; the sum itself where there is none."""
+        after = getattr(self.block(layer), "ln1_post", None)
+        return summed if after is None else after.original_component(summed)
+
+    def heads_add(self, layer: int, heads: Tensor) -> Tensor:
+        """What attention adds to the stream for these contributions of its heads ``[batch pos head d_model]``."""
+        block, out = self.block(layer), heads.sum(dim=2)
+        bias = getattr(block.attn.o.original_component, "bias", None)
+        out = out if bias is None else out + bias
         after = getattr(block, "ln1_post", None)
         return out if after is None else after.original_component(out)
 
     def mlp_adds(self, layer: int, stream: Tensor) -> Tensor:
         """What the MLP adds to the stream when it reads ``stream`` ``[batch pos d_model]``, before its norm."""
-        block = self.block(layer)
-        has_norm = getattr(block, "ln2", None) is not None or self.cfg.parallel
-        out = block.mlp(self.norm("mlp", layer)(stream) if has_norm else stream)
+        block, normed = self.block(layer), self.norm("mlp", layer)(stream)
+        whole = block.mlp.original_component
+        if block.mlp.name is None or "residual" in signature(whole.forward).parameters:
+            # No module of its own (OPT), or one that adds the stream as well (Bloom, MPT): its parts in turn.
+            activation = next(getattr(whole, name) for name in _ACTIVATIONS if hasattr(whole, name))
+            before = getattr(block.mlp, "in").original_component(normed)
+            out = block.mlp.out.original_component(activation(before))
+        else:
+            out = block.mlp(normed)
+            out = out[0] if isinstance(out, tuple) else out
         after = getattr(block, "ln2_post", None)
         return out if after is None else after.original_component(out)
 
@@ -239,10 +264,21 @@ class Model:
         after = getattr(block, "ln2_post", None)
         return out if after is None else after.original_component(out)
 
-    def unembed(self, stream: Tensor) -> Tensor:
-        """Logits ``[... vocab]`` of the last residual stream ``[... d_model]``, soft cap included."""
-        logits = self.bridge.unembed.original_component(self.norm("final")(stream))
-        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+    def unembed(self, stream: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+        """Logits ``[... vocab]`` of the last residual stream ``[... d_model]``, soft cap included; of these tokens, or all."""
+        head, config = self.bridge.unembed.original_component, self.hf.config
+        normed = self.norm("final")(stream)
+        # OPT-350M embeds in fewer dimensions than it thinks.
+        project = getattr(self.bridge, "project_out", None)
+        normed = normed if project is None else project.original_component(normed)
+        if vocabulary is None:
+            logits = head(normed)
+        else:
+            bias = None if head.bias is None else head.bias[vocabulary]
+            logits = nn.functional.linear(normed, head.weight[vocabulary], bias)
+        # Cohere multiplies its logits, Granite divides them, Gemma 2 caps them.
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def cache_argument(self, layer: int) -> str:

@@ -16,7 +16,8 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from mechinterp.core.sites import ATTN_PROJECTED, KINDS, LN2_IN, MLP_IN, Site
+from mechinterp.core.sites import ATTN_PROJECTED, KINDS, LN2_IN, MLP_IN, Site, loses_positions
+from mechinterp.core.softmax import OPENED
 from mechinterp.errors import SiteError
 
 if TYPE_CHECKING:
@@ -95,7 +96,37 @@ def place_of(model: Model, site: Site) -> Place:
 
         # What the queries, keys and values read is edited at the same point, and comes before them.
         return Place(whole, point, split, join, stage=1)
-    return Place(whole, point, _same, _put)
+    return _by_position(model, Place(whole, point, _same, _put))
+
+
+def _by_position(model: Model, place: Place) -> Place:
+    """The place with a position axis, where the hooked tensor has lost it."""
+    if not loses_positions(place.point):
+        return place
+    # OPT runs its MLP on [(batch pos) d_model]; how many prompts there are is known from what enters the block.
+    before = model.point(str(KINDS["resid_pre"].point), place.site.layer)
+
+    def split(hooked: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        return hooked.reshape(*kept["resid_pre"].shape[:2], -1)
+
+    def join(hooked: Tensor, old: Tensor, new: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        return new.reshape(hooked.shape)
+
+    return Place(place.site, place.point, split, join, (("resid_pre", before),))
+
+
+def _final_norm(model: Model, site: Site) -> Place:
+    try:
+        return Place(site, model.point(str(KINDS[site.name].point)), _same, _put)
+    except SiteError:
+        raise SiteError(
+            f"{model.name} ({model.cfg.architecture}) has no norm after its last block; use the last resid_post"
+        ) from None
+
+
+def _square(model: Model, site: Site) -> Place:
+    opened = getattr(model.block(site.layer or 0).attn.original_component, OPENED[site.name], None)
+    return Place(site, opened or model.point(str(KINDS[site.name].point), site.layer), _same, _put)
 
 
 def _pos_embed(model: Model, site: Site) -> Place:
@@ -133,7 +164,7 @@ def _mlp_in(model: Model, site: Site) -> Place:
     if not model.cfg.parallel:
         # Post-norm blocks without a norm in front let the MLP read the stream itself.
         has_norm = getattr(model.block(site.layer or 0), "ln2", None) is not None
-        return Place(site, model.point(LN2_IN if has_norm else MLP_IN, site.layer), _same, _put)
+        return _by_position(model, Place(site, model.point(LN2_IN if has_norm else MLP_IN, site.layer), _same, _put))
     before = model.point(str(KINDS["resid_pre"].point), site.layer)
 
     def read(hooked: Tensor, kept: dict[str, Tensor]) -> Tensor:
@@ -148,6 +179,15 @@ def _mlp_in(model: Model, site: Site) -> Place:
         return value.where(changed, hooked)
 
     return Place(site, model.point(MLP_IN, site.layer), read, write, (("resid_pre", before),))
+
+
+def _neurons(model: Model, site: Site) -> Place:
+    if getattr(model.block(site.layer or 0).mlp, "out", None) is None:
+        raise SiteError(
+            f"the MLP of {model.name} ({model.cfg.architecture}) is a mixture of experts: it has no one set of neurons; "
+            "use 'mlp_in' or 'mlp_out', the experts as one"
+        )
+    return _by_position(model, Place(site, model.point(str(KINDS[site.name].point), site.layer), _same, _put))
 
 
 def _head_out(model: Model, site: Site) -> Place:
@@ -209,5 +249,10 @@ _SPECIAL: dict[str, Callable[[Model, Site], Place]] = {
     "q_in": _port("q"),
     "k_in": _port("k"),
     "v_in": _port("v"),
+    "mlp_pre": _neurons,
+    "mlp_post": _neurons,
+    "scores": _square,
+    "pattern": _square,
+    "final_norm": _final_norm,
     "logits": _logits,
 }

@@ -11,29 +11,32 @@ loaded model (`why_not_exact`), and not used where it is not exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from mechinterp.core.edits import Replace
 from mechinterp.core.hooks import HookRegistry, active_registries, block_calls, foreign_hooks
 from mechinterp.core.model import Model
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
+from mechinterp.errors import EditError, MechInterpError
 
 __all__ = ["ENTRIES", "Entry", "Recording", "record", "replay", "why_not_exact"]
 
 # What has to be computed again in the block where a change enters.
-# "block": all of it; "tail": from the middle on (the MLP); "skip": nothing, the change is in what the block adds.
+# "tail": from the middle on (the MLP); "skip": nothing, the change is in what the block adds.
+# Changes at all other sites of a block take the whole of it: "block".
 ENTRIES = {
-    "resid_pre": "block",
     "attn_out": "tail",
     "resid_mid": "tail",
     "z": "tail",
     "mlp_in": "tail",
+    "mlp_pre": "tail",
     "mlp_post": "tail",
     "mlp_out": "skip",
     "resid_post": "skip",
@@ -46,78 +49,118 @@ class Recording:
 
     Parameters
     ----------
-    start
-        The first position that any run from this recording changes; tensors begin there. What a change puts in at
-        earlier positions is taken to be what is there already.
     values
-        For each recorded whole site its value ``[batch pos ...]``, from ``start``.
+        For each recorded whole site its value ``[batch pos ...]``.
     calls
-        The keyword arguments of each block, cut to the positions from ``start``.
-    prefix
-        Keys and values ``[batch kv_head start d_head]`` of each layer, before ``start``.
+        The keyword arguments of each block.
+    cache
+        Keys and values ``[batch kv_head pos d_head]`` of each layer.
+    positions
+        Named positions.
+    start
+        The first position that a replay computes. What a change puts in at earlier positions is taken to be what is
+        there already.
     """
 
     model: Model
     tokens: Tensor
-    start: int
-    values: dict[Site, Tensor]
-    calls: list[dict[str, Any]]
-    prefix: list[tuple[Tensor, Tensor]]
+    values: Mapping[Site, Tensor]
+    calls: Sequence[Mapping[str, Any]]
+    cache: Sequence[tuple[Tensor, Tensor]]
     positions: Mapping[str, Tensor]
+    start: int = 0
+
+    def since(self, start: int) -> Recording:
+        """The same recording for replays of the positions from ``start``. Copies nothing."""
+        return replace(self, start=start)
+
+    def value(self, name: str, layer: int) -> Tensor:
+        """What was recorded there, from ``start``: ``[batch pos ...]``."""
+        return self.values[Site(name, layer)][:, self.start :]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """One counterfactual run: the sites it changes, all of one layer, with their new values ``[batch ...]``."""
+    """One counterfactual run: the sites in blocks that it changes, with their new values ``[batch ...]``."""
 
-    layer: int
-    kind: str
     changes: tuple[tuple[Site, Tensor], ...]
+
+    @property
+    def layer(self) -> int:
+        """The first layer that is changed."""
+        return min(site.layer or 0 for site, _ in self.changes)
+
+    @property
+    def kind(self) -> str:
+        """How much of that layer is computed again: ``"block"``, ``"tail"`` or ``"skip"``."""
+        return kind_of_entry(site for site, _ in self.changes)
+
+    @property
+    def first(self) -> str:
+        """The kind of site at which a run that skips part of its first block enters."""
+        return next(site.name for site, _ in self.changes if site.layer == self.layer)
+
+
+def kind_of_entry(sites: Iterable[Site]) -> str:
+    """How much of its first block a run that changes these sites computes again."""
+    sites = list(sites)
+    layer = min(site.layer or 0 for site in sites)
+    names = {site.name for site in sites if site.layer == layer}
+    return ENTRIES.get(names.pop(), "block") if len(names) == 1 else "block"
 
 
 class _PrefixCache:
     """What attention sees as its cache: the recorded keys and values of earlier positions, the same for every row."""
 
-    def __init__(self, prefix: Sequence[tuple[Tensor, Tensor]], copies: int) -> None:
-        self.prefix, self.copies = prefix, copies
+    def __init__(self, recording: Recording, copies: int) -> None:
+        self.recording, self.copies = recording, copies
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        before_k, before_v = self.prefix[layer]
-        again = (self.copies, 1, 1, 1)
-        return torch.cat([before_k.repeat(again), keys], dim=2), torch.cat([before_v.repeat(again), values], dim=2)
+        if not self.recording.start:
+            return keys, values
+        return self._after(self.recording.cache[layer][0], keys), self._after(self.recording.cache[layer][1], values)
+
+    def _after(self, before: Tensor, new: Tensor) -> Tensor:
+        prefix = before[:, :, : self.recording.start]
+        return torch.cat([prefix.repeat(self.copies, 1, 1, 1), new], dim=2)
 
     def get_seq_length(self, layer: int = 0) -> int:
-        return int(self.prefix[layer][0].shape[2])
+        return self.recording.start
 
 
 def record(
-    model: Model, tokens: Tensor, start: int, names: Sequence[str], positions: Mapping[str, Tensor] | None = None
+    model: Model,
+    tokens: Tensor,
+    sites: Iterable[Site],
+    *,
+    positions: Mapping[str, Tensor] | None = None,
+    base: Iterable[tuple[Site, Tensor]] = (),
 ) -> Recording:
-    """Run the receiving prompts once and keep what replays of changes at these kinds of sites start from."""
+    """Run the receiving prompts once, with the values of ``base`` put in; keep what replays of changes at these sites need."""
     from transformers import DynamicCache
 
-    needed = {"resid_pre"} | {name for name in names if name in ENTRIES}
-    if needed & {"attn_out", "z", "mlp_in", "mlp_post", "resid_mid"} and not model.cfg.parallel:
-        needed.add("resid_mid")
-    if needed & {"mlp_out", "resid_post"}:
-        needed |= {"resid_post", "mlp_out"}
-    if model.cfg.parallel:
-        needed |= {"attn_out", "mlp_out"}
-    layers = range(model.cfg.n_layers)
-    selection = Selection(tuple(Site(name, layer) for name in sorted(needed) for layer in layers))
+    needed = {Site("resid_pre", 0)}
+    for site in sites:
+        names = ["resid_pre", site.name] if site.name in ENTRIES else ["resid_pre"]
+        if ENTRIES.get(site.name) == "tail":
+            names += ["attn_out", "mlp_out"] if model.cfg.parallel else ["resid_mid"]
+        elif ENTRIES.get(site.name) == "skip":
+            names += ["resid_post", "mlp_out"]
+        needed |= {Site(name, site.layer) for name in names}
+    # The hook of neurons needs no recording, and those before the non-linearity are many.
+    needed = {site for site in needed if site.name != "mlp_pre"}
     kept: dict[Site, Tensor] = {}
-    registry = HookRegistry(model)
-    registry.capture(selection, kept)
+    registry = HookRegistry(model, positions or {})
+    for site, value in base:
+        registry.add(Replace(site, value))
+    registry.capture(Selection(tuple(sorted(needed, key=str))), kept)
     cache = DynamicCache()
     with torch.no_grad(), registry, block_calls(model) as calls:
         model.hf(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=torch.tensor([0], device=model.device))
-    values = {site: value[:, start:] for site, value in kept.items()}
-    prefix = [(layer.keys[:, :, :start], layer.values[:, :, :start]) for layer in cache.layers]
-    cut = [_cut(call, start, tokens.shape[1]) for call in calls]
-    return Recording(model, tokens, start, values, cut, prefix, positions or {})
+    return Recording(model, tokens, kept, calls, [(layer.keys, layer.values) for layer in cache.layers], positions or {})
 
 
-def _cut(call: dict[str, Any], start: int, length: int) -> dict[str, Any]:
+def _cut(call: Mapping[str, Any], start: int, length: int) -> dict[str, Any]:
     """A block's keyword arguments for the positions from ``start``."""
     cut: dict[str, Any] = {}
     for name, value in call.items():
@@ -135,148 +178,182 @@ def _cut(call: dict[str, Any], start: int, length: int) -> dict[str, Any]:
     return cut
 
 
-def replay(recording: Recording, entries: Sequence[Entry], read: Tensor) -> Tensor:
+def replay(recording: Recording, entries: Sequence[Entry], read: Tensor, vocabulary: Tensor | None = None) -> Tensor:
     """Answer logits ``[entry batch vocab]`` of each counterfactual run, at positions ``read [batch]``.
+
+    With ``vocabulary`` only the logits of these tokens are computed.
 
     Cost: for each entry, the blocks after its layer (and what its kind names of its own) at the positions from
     ``recording.start``, and one row of the unembedding.
     """
     model, batch = recording.model, len(recording.tokens)
-    order = sorted(range(len(entries)), key=lambda i: entries[i].layer)
-    by_layer: dict[int, list[Entry]] = {}
-    for i in order:
-        by_layer.setdefault(entries[i].layer, []).append(entries[i])
-    hidden = recording.values[Site("resid_pre", 0)][:0]
-    # Rows in the order in which they joined; stable within a layer by kind.
+    by_layer: dict[int, dict[str, list[Entry]]] = {}
+    for entry in entries:
+        by_layer.setdefault(entry.layer, {}).setdefault(entry.kind, []).append(entry)
+    hidden = recording.value("resid_pre", 0)[:0]
+    # Rows in the order in which they joined.
     joined: list[Entry] = []
     with torch.no_grad():
         for layer in range(min(by_layer), model.cfg.n_layers):
-            new = by_layer.get(layer, [])
-            whole = [entry for entry in new if entry.kind == "block"]
-            if whole:
-                hidden = torch.cat([hidden, *(_changed(recording, entry, "resid_pre") for entry in whole)])
+            new = by_layer.get(layer, {})
+            if whole := new.get("block"):
+                hidden = torch.cat([hidden, recording.value("resid_pre", layer).repeat(len(whole), 1, 1)])
                 joined += whole
-            if len(hidden):
-                hidden = _run_block(recording, layer, hidden)
-            tails = [entry for entry in new if entry.kind == "tail"]
-            if tails:
+            if joined:
+                hidden = _run_block(recording, layer, hidden, joined)
+            if tails := new.get("tail"):
                 hidden = torch.cat([hidden, _run_tails(recording, layer, tails)])
                 joined += tails
-            skips = [entry for entry in new if entry.kind == "skip"]
-            if skips:
+            if skips := new.get("skip"):
                 hidden = torch.cat([hidden, *(_run_skip(recording, layer, entry) for entry in skips)])
                 joined += skips
-        rows = torch.arange(len(hidden), device=hidden.device)
-        answer = hidden[rows, (read - recording.start).repeat(len(joined))]
-        logits = model.unembed(answer)
-    place = {id(entry): i for i, entry in enumerate(joined)}
-    arranged = logits.reshape(len(joined), batch, -1)
-    return arranged[[place[id(entry)] for entry in entries]]
+        place = {id(entry): i for i, entry in enumerate(joined)}
+        arranged = rearrange(hidden, "(entry b) p m -> entry b p m", b=batch)
+        rows = torch.arange(batch, device=hidden.device)
+        answer = arranged[:, rows, read - recording.start][[place[id(entry)] for entry in entries]]
+        return model.unembed(answer, vocabulary)
 
 
-def _run_block(recording: Recording, layer: int, hidden: Tensor) -> Tensor:
-    call = dict(recording.calls[layer])
-    copies = len(hidden) // len(recording.tokens)
+def _run_block(recording: Recording, layer: int, hidden: Tensor, entries: Sequence[Entry]) -> Tensor:
+    """The block's output for these rows, with what their entries change in this layer."""
+    model, batch = recording.model, len(recording.tokens)
+    call = _cut(recording.calls[layer], recording.start, recording.tokens.shape[1])
+    copies = len(entries)
     for name, value in call.items():
         # What is given per prompt is repeated for every copy of the prompts.
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(recording.tokens) > 1:
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch > 1:
             call[name] = value.repeat(copies, *([1] * (value.ndim - 1)))
-        elif isinstance(value, tuple) and value and isinstance(value[0], Tensor) and len(value[0]) == len(recording.tokens) > 1:
+        elif isinstance(value, tuple) and value and isinstance(value[0], Tensor) and len(value[0]) == batch > 1:
             call[name] = tuple(part.repeat(copies, *([1] * (part.ndim - 1))) for part in value)
-    call[recording.model.cache_argument(layer)] = _PrefixCache(recording.prefix, copies)
-    out = recording.model.block(layer)(hidden, **call)
+    call[model.cache_argument(layer)] = _PrefixCache(recording, copies)
+    changes: dict[Site, list[tuple[int, Site, Tensor]]] = {}
+    for i, entry in enumerate(entries):
+        for site, new in entry.changes:
+            if site.layer == layer:
+                changes.setdefault(site.whole, []).append((i * batch, site, new))
+    if not changes:
+        out = model.block(layer)(hidden, **call)
+    else:
+        registry = HookRegistry(model, partial=True)
+        for whole, listed in changes.items():
+            registry.transform(whole, _putting(recording, listed))
+        with registry:
+            out = model.block(layer)(hidden, **call)
     return out[0] if isinstance(out, tuple) else out
 
 
-def _changed(recording: Recording, entry: Entry, name: str) -> Tensor:
-    """The recorded value of a site with the entry's changes of it put in, ``[batch pos ...]``."""
-    value = recording.values[Site(name, entry.layer)].clone()
+def _putting(recording: Recording, listed: Sequence[tuple[int, Site, Tensor]]) -> Callable[[Tensor], Tensor]:
+    """A function that puts new values in: each from its first row on."""
+
+    def act(value: Tensor) -> Tensor:
+        value = value.clone()
+        for first, site, new in listed:
+            _put(recording, value[first : first + len(recording.tokens)], site, new)
+        return value
+
+    return act
+
+
+def _changed(recording: Recording, entry: Entry) -> Tensor:
+    """What was recorded of the site at which a run enters, with its changes put in: ``[batch pos ...]``."""
+    value = recording.value(entry.first, entry.layer).clone()
     for site, new in entry.changes:
-        if site.name != name:
-            continue
-        index: list[Any] = [slice(None)] * value.ndim
-        axes = site.kind.axes
-        if site.head is not None:
-            index[axes.index(site.kind.head_axis or "")] = site.head
-        if site.neuron is not None:
-            index[-1] = site.neuron
-        if site.pos is None:
-            new = new[:, recording.start :]
-        elif isinstance(site.pos, str):
-            index[0] = torch.arange(len(value), device=value.device)
-            index[1] = recording.positions[site.pos].to(value.device) - recording.start
-            unchanged = index[1] < 0
-            index[1] = index[1].clamp(min=0)
-            new = torch.where(unchanged.reshape(-1, *[1] * (new.ndim - 1)), value[tuple(index)], new)
-        else:
-            place = site.pos % recording.tokens.shape[1] - recording.start
-            if place < 0:
-                continue
-            index[1] = place
-        value[tuple(index)] = new
+        if site.layer == entry.layer:
+            _put(recording, value, site, new)
     return value
+
+
+def _put(recording: Recording, value: Tensor, site: Site, new: Tensor) -> None:
+    """Write the new value of a site into the whole activation, which begins at position ``start``. In place."""
+    index: list[Any] = [slice(None)] * value.ndim
+    axes = site.kind.axes
+    at = site.kind.pos_axis or 0
+    length = recording.tokens.shape[1]
+    if site.head is not None:
+        index[axes.index(site.kind.head_axis or "")] = site.head
+    if site.neuron is not None:
+        index[-1] = site.neuron
+    if site.pos is not None and not isinstance(site.pos, str) and site.pos % length < recording.start:
+        return
+    if isinstance(site.pos, str):
+        index[0] = torch.arange(len(value), device=value.device)
+        index[at] = recording.positions[site.pos].to(value.device) - recording.start
+        unchanged = index[at] < 0
+        index[at] = index[at].clamp(min=0)
+    elif site.pos is not None:
+        index[at] = site.pos % length - recording.start
+    old = value[tuple(index)]
+    wanted = list(old.shape)
+    if site.pos is None:
+        # A single head has no head axis any more.
+        pos_axis = at - (site.head is not None and axes.index(site.kind.head_axis or "") < at)
+        wanted[pos_axis] = length
+    if list(new.shape) != wanted or new.dtype != value.dtype:
+        raise EditError(
+            f"the new value of {site} is {new.dtype} of shape {list(new.shape)}; "
+            f"what it replaces is {value.dtype} of shape {wanted}"
+        )
+    if site.pos is None:
+        new = new.narrow(pos_axis, recording.start, length - recording.start)
+    elif isinstance(site.pos, str):
+        new = torch.where(unchanged.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+    value[tuple(index)] = new
 
 
 def _run_tails(recording: Recording, layer: int, entries: Sequence[Entry]) -> Tensor:
     """Block outputs of entries whose change comes after attention: ``[(entry batch) pos d_model]``."""
     model = recording.model
-    middle, attention, mlp_in, neurons = [], [], [], []
-    for entry in entries:
-        name = entry.changes[0][0].name
-        if name == "z":
-            attention.append(entry)
-        elif name == "mlp_post":
-            neurons.append(entry)
-        elif name == "mlp_in":
-            mlp_in.append(entry)
-        else:
-            middle.append(entry)
+    before = recording.value("resid_pre", layer)
     done: dict[int, Tensor] = {}
-    before = recording.values[Site("resid_pre", layer)]
+    grouped: dict[str, list[Entry]] = {}
+    for entry in entries:
+        grouped.setdefault(entry.first, []).append(entry)
 
-    def finish(group: list[Entry], added: Tensor) -> None:
-        """From what attention adds ``[(entry batch) pos d_model]`` to the block's output."""
-        resid = before.repeat(len(group), 1, 1)
-        if model.cfg.parallel:
-            out = resid + added + recording.values[Site("mlp_out", layer)].repeat(len(group), 1, 1)
-        else:
-            mid = resid + added
-            out = mid + model.mlp_adds(layer, mid)
-        for entry, part in zip(group, rearrange(out, "(g b) p m -> g b p m", g=len(group)), strict=True):
-            done[id(entry)] = part
+    def rows(name: str, group: list[Entry]) -> Tensor:
+        return recording.value(name, layer).repeat(len(group), 1, 1)
 
-    if attention:
-        z = torch.cat([_changed(recording, entry, "z") for entry in attention])
-        finish(attention, model.attention_adds(layer, z))
-    if middle:
-        added = []
-        for entry in middle:
-            if entry.changes[0][0].name == "attn_out":
-                added.append(_changed(recording, entry, "attn_out"))
-            else:
-                added.append(_changed(recording, entry, "resid_mid") - before)
-        finish(middle, torch.cat(added))
-    for group, name in ((mlp_in, "mlp_in"), (neurons, "mlp_post")):
-        if not group:
+    def give(group: list[Entry], out: Tensor) -> None:
+        done.update(zip(map(id, group), rearrange(out, "(g b) p m -> g b p m", g=len(group)), strict=True))
+
+    def changed(name: str) -> Tensor:
+        return torch.cat([_changed(recording, entry) for entry in grouped[name]])
+
+    added = {}
+    if "z" in grouped:
+        added["z"] = model.attention_adds(layer, changed("z"))
+    if "attn_out" in grouped:
+        added["attn_out"] = changed("attn_out")
+    if "resid_mid" in grouped:
+        added["resid_mid"] = changed("resid_mid") - before.repeat(len(grouped["resid_mid"]), 1, 1)
+    if added:
+        group = [entry for name in added for entry in grouped[name]]
+        mid = before.repeat(len(group), 1, 1) + torch.cat(list(added.values()))
+        give(group, mid + (rows("mlp_out", group) if model.cfg.parallel else model.mlp_adds(layer, mid)))
+    for name, group in grouped.items():
+        if name in added:
             continue
-        value = torch.cat([_changed(recording, entry, name) for entry in group])
-        mid = (
-            before + recording.values[Site("attn_out", layer)]
-            if model.cfg.parallel
-            else recording.values[Site("resid_mid", layer)]
-        )
-        adds = model.mlp_adds(layer, value) if name == "mlp_in" else model.neurons_add(layer, value)
-        out = mid.repeat(len(group), 1, 1) + adds
-        for entry, part in zip(group, rearrange(out, "(g b) p m -> g b p m", g=len(group)), strict=True):
-            done[id(entry)] = part
+        mid = rows("resid_pre", group) + rows("attn_out", group) if model.cfg.parallel else rows("resid_mid", group)
+        if name == "mlp_in":
+            adds = model.mlp_adds(layer, changed(name))
+        elif name == "mlp_post":
+            adds = model.neurons_add(layer, changed(name))
+        else:
+            registry = HookRegistry(model, partial=True)
+            batch = len(recording.tokens)
+            listed = [
+                (i * batch, site, new) for i, entry in enumerate(group) for site, new in entry.changes if site.layer == layer
+            ]
+            registry.transform(Site(name, layer), _putting(recording, listed))
+            with registry:
+                adds = model.mlp_adds(layer, rows("resid_pre", group) if model.cfg.parallel else mid)
+        give(group, mid + adds)
     return torch.cat([done[id(entry)] for entry in entries])
 
 
 def _run_skip(recording: Recording, layer: int, entry: Entry) -> Tensor:
-    if entry.changes[0][0].name == "resid_post":
-        return _changed(recording, entry, "resid_post")
-    old = recording.values[Site("mlp_out", layer)]
-    return recording.values[Site("resid_post", layer)] + (_changed(recording, entry, "mlp_out") - old)
+    if entry.first == "resid_post":
+        return _changed(recording, entry)
+    return recording.value("resid_post", layer) + (_changed(recording, entry) - recording.value("mlp_out", layer))
 
 
 def why_not_exact(model: Model) -> str:
@@ -297,29 +374,42 @@ def why_not_exact(model: Model) -> str:
 
 
 def _check(model: Model) -> str:
-    from mechinterp.core.edits import Replace
     from mechinterp.core.run import run
-    from mechinterp.errors import MechInterpError
 
     generator = torch.Generator().manual_seed(0)
     length, start, batch = 6, 3, 2
     tokens = torch.randint(0, min(model.cfg.d_vocab, 1000), (batch, length), generator=generator).to(model.device)
     read = torch.full((batch,), length - 1, device=model.device)
-    layer = min(1, model.cfg.n_layers - 1)
-    names = [name for name in ENTRIES if not (name == "resid_mid" and model.cfg.parallel)]
+    names = [name for name in ("resid_pre", "q", "k", "v", "pattern", *ENTRIES) if name in model.sites]
+    # Every kind of entry, spread over the layers; the last run changes two layers.
+    layers = range(model.cfg.n_layers)
+    sites = [Site(name, layers[i * len(layers) // len(names)]) for i, name in enumerate(names)]
+    runs: list[list[Site]] = [[site] for site in sites] + [[sites[0], sites[-1]]]
     try:
-        recording = record(model, tokens, start, names)
-        for name in names:
-            site = Site(name, layer)
-            value = run(model, tokens, capture=site)[site].clone()
-            noise = torch.randn(value[:, start:].shape, generator=generator).to(value.device, value.dtype)
-            value[:, start:] += noise * value[:, start:].abs().mean()
-            full = run(model, tokens, edits=[Replace(site, value)]).logits[:, -1]
-            again = replay(recording, [Entry(layer, ENTRIES[name], ((site, value),))], read)[0]
-            error = float((again - full).abs().max() / (full - full.mean(-1, keepdim=True)).abs().max().clamp(min=1e-9))
-            tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2 if model.dtype != torch.float64 else 1e-9
-            if not error < tolerance:
-                return f"a replay from {name} differs from a full forward pass by {error:.1e} of the largest logit"
+        recording = record(model, tokens, sites).since(start)
+        kept = run(model, tokens, capture=Selection(tuple(sites)))
+        changes, edits = [], []
+        for i, run_sites in enumerate(runs):
+            changed = []
+            for site in dict.fromkeys(run_sites):
+                value = kept[site].clone()
+                late = value.narrow(site.kind.pos_axis or 1, start, length - start)
+                late += torch.randn(late.shape, generator=generator).to(late.device, late.dtype) * late.abs().mean()
+                changed.append((site, value))
+                edits.append(Replace(site, value, rows=(i * batch, (i + 1) * batch)))
+            changes.append(Entry(tuple(changed)))
+        full = run(model, tokens.repeat(len(runs), 1), edits=edits).logits[:, -1].reshape(len(runs), batch, -1).float()
+        again = replay(recording, changes, read).float()
+        some = torch.arange(0, model.cfg.d_vocab, max(1, model.cfg.d_vocab // 7), device=model.device)
+        few = replay(recording, changes[:1], read, some).float()
     except (MechInterpError, RuntimeError, TypeError, AttributeError, KeyError, ValueError, IndexError) as error:
         return f"its blocks cannot be called alone ({type(error).__name__}: {error})"
+    scale = (full - full.mean(-1, keepdim=True)).abs().max().clamp(min=1e-9)
+    errors = ((again - full).abs().amax(dim=(1, 2)) / scale).tolist()
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 3e-2)
+    if not float((few - again[:1, :, some]).abs().max() / scale) < tolerance:
+        return "its logits are not a linear map of the last norm"
+    for run_sites, off in zip(runs, errors, strict=True):
+        if not off < tolerance:
+            return f"a replay from {run_sites[0].name} differs from a full forward pass by {off:.1e} of the largest logit"
     return ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.core.cache import Cache
-from mechinterp.core.edits import Edit, Project
+from mechinterp.core.edits import Edit, Mean, Project
 from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.memory import bytes_of, free_bytes
 from mechinterp.core.model import Model
@@ -59,10 +59,12 @@ class Run:
         return self.cache[key]
 
     def __repr__(self) -> str:
-        batch, pos = self.tokens.shape
+        batch, *rest = self.tokens.shape
         padded = "" if self.lengths is None else f"{int(self.lengths.min())} to "
         edits = f", {len(self.edits)} edits" if self.edits else ""
-        return f"Run: {batch} prompts of {padded}{pos} tokens{edits}, {len(self.cache.whole)} activations captured"
+        # What a plain module reads need not be tokens.
+        read = f"{batch} prompts of {padded}{rest[0]} tokens" if len(rest) == 1 else f"inputs {list(self.tokens.shape)}"
+        return f"Run: {read}{edits}, {len(self.cache.whole)} activations captured"
 
 
 def run(
@@ -162,11 +164,11 @@ def run(
             kept.discard()
         raise
     if isinstance(kept, Store):
-        cache = Cache(model, selection, dict(kept), given.positions, given.lengths, kept.files, kept)
+        cache = Cache(model, selection, dict(kept), given.named(model), given.lengths, kept.files, kept)
         if kept.folder is not None:
             cache.write_index(kept.folder)
     else:
-        cache = Cache(model, selection, kept, given.positions, given.lengths)
+        cache = Cache(model, selection, kept, given.named(model), given.lengths)
     return Run(answer, cache, given.tokens, edits, given.lengths)
 
 
@@ -190,7 +192,7 @@ def _run(
         part = given[first : first + batch] if batch < rows else given
         if isinstance(kept, Store):
             kept.first = first
-        registry = HookRegistry(model, part.positions, part.lengths)
+        registry = HookRegistry(model, part.named(model), part.lengths)
         for edit in edits:
             registry.add(edit)
         registry.capture(selection, kept, grad=grad)
@@ -200,7 +202,8 @@ def _run(
                     answers.append(_answer(model, part, keep).to(device))
             else:
                 with registry.stopping_early():
-                    model(part.tokens, keep=(0,))
+                    # One position, where there is something to unembed at all.
+                    model(part.tokens, keep=(0,) if model.cfg.d_vocab else None)
     return None if not logits else answers[0] if len(answers) == 1 else torch.cat(answers)
 
 
@@ -248,9 +251,10 @@ def _means_rows(edit: Edit) -> bool:
     """Whether an edit may do something else where rows run apart: a vector for all rows does not."""
     if edit.rows is not None or any(hasattr(edit, name) for name in ("seed", "pairs")):
         return True
+    if isinstance(edit, Mean | Project):
+        return False
     held = [getattr(edit, each.name) for each in fields(edit) if each.name != "at"]
-    shaped = not isinstance(edit, Project) and any(isinstance(each, Tensor) and each.ndim > 1 for each in held)
-    return shaped or any(isinstance(each, Mapping) for each in held)
+    return any(isinstance(each, Mapping) or (isinstance(each, Tensor) and each.ndim > 1) for each in held)
 
 
 def _answer(model: Model, part: Batch, keep: tuple[int, ...] | None) -> Tensor:

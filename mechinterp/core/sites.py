@@ -9,12 +9,12 @@ A hook name is not a causal meaning, so how a site is *edited* is decided in `me
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from mechinterp.errors import SiteError, did_you_mean
 
-__all__ = ["KINDS", "Site", "SiteKind", "kind_of"]
+__all__ = ["KINDS", "Site", "SiteKind", "kind_of", "loses_positions"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class SiteKind:
     axes
         The axes of the tensor, batch first.
     point
-        Hook point inside the bridge; ``{}`` stands for the layer. ``None`` for the logits, which are
-        the model's own output, and for sites that are computed from others.
+        Hook point inside the bridge, or submodule of a plain module; ``{}`` stands for the layer. ``None`` for the
+        logits, which are the model's own output, and for sites that are computed from others.
     meaning
         One line for tables and errors.
     """
@@ -41,7 +41,8 @@ class SiteKind:
 
     @property
     def per_layer(self) -> bool:
-        return self.name not in ("embed", "pos_embed", "final_norm", "logits")
+        # Of the sites without a point of their own, the logits alone are outside the blocks.
+        return self.name != "logits" if self.point is None else "{}" in self.point
 
     @property
     def head_axis(self) -> str | None:
@@ -52,6 +53,14 @@ class SiteKind:
     def pos_axis(self) -> int | None:
         """Index of the axis that a position selects: ``pos``, or ``q_pos`` of a pattern."""
         return next((i for i, axis in enumerate(self.axes) if axis in ("pos", "q_pos")), None)
+
+    @property
+    def neuron_axis(self) -> int | None:
+        """Index of the axis that a neuron selects: ``channel`` where there is one, or the last; ``None`` of a pattern."""
+        if "channel" in self.axes:
+            return self.axes.index("channel")
+        last = len(self.axes) - 1
+        return None if last == 0 or self.axes[-1] in ("pos", "q_pos", "k_pos", "vocab", "head", "kv_head") else last
 
 
 def _kinds() -> dict[str, SiteKind]:
@@ -73,7 +82,7 @@ def _kinds() -> dict[str, SiteKind]:
         ("k", kv_heads, "blocks.{}.attn.k.hook_out", "keys, before rotary embedding"),
         ("v", kv_heads, "blocks.{}.attn.v.hook_out", "values"),
         ("scores", square, "blocks.{}.attn.hook_attn_scores", "attention scores before the softmax"),
-        ("pattern", square, "blocks.{}.attn.hook_pattern", "attention probabilities"),
+        ("pattern", square, "blocks.{}.attn.hook_pattern", "attention probabilities, as they weigh the values"),
         ("z", heads, "blocks.{}.attn.o.hook_in", "mixed values of each head, before the output projection"),
         ("head_out", ("batch", "pos", "head", "d_model"), None, "each head's part of the attention output"),
         ("q_in", ("batch", "pos", "head", "d_model"), None, "what each head's query reads, before the norm"),
@@ -91,7 +100,12 @@ KINDS: Mapping[str, SiteKind] = MappingProxyType(_kinds())
 LN2_IN = "blocks.{}.ln2.hook_in"
 MLP_IN = "blocks.{}.mlp.hook_in"
 ATTN_PROJECTED = "blocks.{}.attn.o.hook_out"
-FINAL_IN = "ln_final.hook_in"
+
+
+def loses_positions(point: object) -> bool:
+    """Whether this hook point sees ``[(batch pos) ...]``: OPT flattens the stream around its MLP."""
+    # transformer_lens restores the axis for hooks of its own alone.
+    return type(getattr(point, "hook_conversion", None)).__name__ == "_UnflattenTokens"
 
 
 def kind_of(name: str) -> SiteKind:
@@ -117,7 +131,9 @@ class Site:
     pos
         A position (negative counts from the end of the padded row), the name of a position of the task, or ``None`` for all.
     neuron
-        Index into the last axis (neuron or coordinate), or ``None`` for all.
+        Index into the last axis (neuron or coordinate; the channel of a convolution), or ``None`` for all.
+    own
+        The kind of an activation that a plain module's user has named; ``None`` for those of `KINDS`.
 
     Examples
     --------
@@ -132,15 +148,16 @@ class Site:
     head: int | None = None
     pos: int | str | None = None
     neuron: int | None = None
+    own: SiteKind | None = field(default=None, repr=False)
 
     @property
     def kind(self) -> SiteKind:
-        return kind_of(self.name)
+        return kind_of(self.name) if self.own is None else self.own
 
     @property
     def whole(self) -> Site:
         """The same activation with all heads, positions and neurons."""
-        return Site(self.name, self.layer)
+        return Site(self.name, self.layer, own=self.own)
 
     @property
     def everywhere(self) -> Site:

@@ -140,7 +140,7 @@ def part_of(site: Site, rows: slice, place: Place, device: torch.device) -> tupl
     if site.head is not None:
         index[axes.index(site.kind.head_axis or "")] = site.head
     if site.neuron is not None:
-        index[-1] = site.neuron
+        index[site.kind.neuron_axis or -1] = site.neuron
     if site.pos is None:
         return tuple(index), None
     axis = site.kind.pos_axis

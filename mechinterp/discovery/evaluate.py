@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechinterp.core.ablation import Ablation, as_ablation
 from mechinterp.core.model import Model
 from mechinterp.discovery.running import run_circuits
 from mechinterp.errors import MetricError
@@ -25,8 +26,9 @@ __all__ = ["Report", "evaluate", "faithfulness"]
 class Report:
     """How good a circuit is, in numbers. Made by `evaluate`.
 
-    Faithfulness is (m(circuit) - m(corrupt)) / (m(clean) - m(corrupt)), a ratio of means over prompts, unclamped: below 0 and
-    above 1 mean something (a circuit without the parts that work against the answer is above 1).
+    Faithfulness is (m(circuit) - m(empty)) / (m(clean) - m(empty)), a ratio of means over prompts, unclamped: below 0 and
+    above 1 mean something (a circuit without the parts that work against the answer is above 1). ``empty`` is the metric with
+    everything ablated: under "resample" the corrupt run's, under another ``ablation`` its own.
 
     ``random_faithfulness`` holds one number for each random circuit of equal size; ``random_interval`` is ``None`` where
     there are none. ``beats_random`` counts those that the circuit is better than, by more than rounding.
@@ -55,6 +57,7 @@ class Report:
     seed: int
     forwards: int
     seconds: float
+    empty: float
     confidence: float = 0.95
 
     def to_json(self) -> dict[str, Any]:
@@ -63,10 +66,11 @@ class Report:
 
     def __repr__(self) -> str:
         low, high = self.faithfulness_interval
+        nothing = "" if self.ablation == "resample" else f", everything ablated {self.empty:.3f}"
         return "\n".join(
             [
                 f"Report: {self.task} on {self.model}, {self.prompts} prompts, {self.ablation} ablation",
-                f"  {self.metric}: clean {self.clean:.3f}, corrupt {self.corrupt:.3f}, circuit {self.circuit:.3f}",
+                f"  {self.metric}: clean {self.clean:.3f}, corrupt {self.corrupt:.3f}{nothing}, circuit {self.circuit:.3f}",
                 f"  faithfulness {self.faithfulness:.3f} ({self.confidence:.0%} interval {low:.3f} to {high:.3f}); "
                 f"mean of ratios {self.mean_of_ratios:.3f}",
                 f"  {self._chance()}",
@@ -88,9 +92,12 @@ class Report:
         return f"<pre>{escape(repr(self))}</pre>"
 
 
-def faithfulness(circuit: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
-    """Ratio of means over the last axis: (m(circuit) - m(corrupt)) / (m(clean) - m(corrupt)). Unclamped."""
-    return (circuit.mean(-1) - corrupt.mean(-1)) / (clean.mean(-1) - corrupt.mean(-1))
+def faithfulness(circuit: Tensor, clean: Tensor, empty: Tensor) -> Tensor:
+    """Ratio of means over the last axis: (m(circuit) - m(empty)) / (m(clean) - m(empty)). Unclamped.
+
+    ``empty`` is the metric with everything ablated, which is the corrupt run's only where corrupt values are put in.
+    """
+    return (circuit.mean(-1) - empty.mean(-1)) / (clean.mean(-1) - empty.mean(-1))
 
 
 def evaluate(
@@ -99,6 +106,7 @@ def evaluate(
     task: Task,
     *,
     seed: int,
+    ablation: Ablation | str = "resample",
     random_circuits: int = 5,
     resamples: int = 2000,
     confidence: float = 0.95,
@@ -114,7 +122,10 @@ def evaluate(
     task
         Prompts that were *not* used to find the circuit: the second part of ``task.split(seed=...)``.
     seed
-        Of the random circuits and the bootstrap.
+        Of the random circuits and the bootstrap; and of the prompts that ``ablation="resample-shuffled"`` draws.
+    ablation
+        What edges outside of the circuit carry: an `Ablation` or its name, see `mechinterp.run_circuits`. A circuit is judged
+        by the ablation that it was found with: under zeros or means, edges that carry the same in every prompt count too.
     random_circuits
         How many random circuits with the same number of connected edges, of the same kinds, to run beside it.
     resamples, confidence
@@ -130,11 +141,13 @@ def evaluate(
     Raises
     ------
     MetricError
-        Clean and corrupt prompts give the same metric, so that faithfulness is undefined.
+        Ablating everything (under "resample": the corrupt prompts) gives the same metric as the clean prompts, so that
+        faithfulness is undefined.
 
     Notes
     -----
-    Cost: 3 forward passes over the prompts, and one for each random circuit.
+    Cost: 3 forward passes over the prompts, and one for each random circuit; with another ablation than "resample" one more,
+    and what the ablation costs.
 
     Examples
     --------
@@ -146,17 +159,24 @@ def evaluate(
     """
     started = time.perf_counter()
     rivals = [random_edges(circuit, seed=seed + i) for i in range(random_circuits)] if circuit.n_connected else []
-    outs = run_circuits(model, task, [circuit, *rivals], metric=metric, progress=progress)
-    gap = float(outs.clean.mean() - outs.corrupt.mean())
+    ablation = as_ablation(ablation, seed=seed)
+    outs = run_circuits(model, task, [circuit, *rivals], ablation=ablation, metric=metric, progress=progress)
+    gap = float(outs.clean.mean() - outs.empty.mean())
     if abs(gap) < 1e-6:
+        mean = f"{outs.metric} is {float(outs.clean.mean()):.4g}"
+        if outs.ablation == "resample":
+            raise MetricError(
+                f"{mean} on clean and corrupt prompts of task {task.name!r}: "
+                "faithfulness is undefined. Use other corrupt prompts or another metric"
+            )
         raise MetricError(
-            f"{outs.metric} is {float(outs.clean.mean()):.4g} on clean and corrupt prompts of task {task.name!r}: "
-            "faithfulness is undefined. Use other corrupt prompts or another metric"
+            f"{mean} on the clean prompts of task {task.name!r}, and the same with everything ablated ({outs.ablation}): "
+            "faithfulness is undefined. Use another ablation or another metric"
         )
-    values = faithfulness(outs.circuits, outs.clean, outs.corrupt)
-    ratios = (outs.circuits[0] - outs.corrupt) / (outs.clean - outs.corrupt)
+    values = faithfulness(outs.circuits, outs.clean, outs.empty)
+    ratios = (outs.circuits[0] - outs.empty) / (outs.clean - outs.empty)
     rows = _resampled(len(task), resamples, seed)
-    spread = faithfulness(outs.circuits[:, rows], outs.clean[rows], outs.corrupt[rows])
+    spread = faithfulness(outs.circuits[:, rows], outs.clean[rows], outs.empty[rows])
     return Report(
         task=task.name,
         model=model.name,
@@ -178,10 +198,11 @@ def evaluate(
         connected=circuit.n_connected,
         all_edges=circuit.shape.n_edges,
         nodes=len(circuit.connected().nodes),
-        ablation="resample",
+        ablation=outs.ablation,
         seed=seed,
-        forwards=3 + len(rivals),
+        forwards=3 + len(rivals) + (outs.ablation != "resample"),
         seconds=round(time.perf_counter() - started, 1),
+        empty=float(outs.empty.mean()),
         confidence=confidence,
     )
 
@@ -194,5 +215,5 @@ def _resampled(n: int, resamples: int, seed: int) -> Tensor:
 def _interval(values: Tensor, confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
     # Prompts drawn by chance may all be ones on which clean and corrupt are equal: nothing is defined there.
-    low, high = torch.quantile(values[values.isfinite()], torch.tensor([tail, 1 - tail])).tolist()
+    low, high = torch.quantile(values[values.isfinite()].float(), torch.tensor([tail, 1 - tail])).tolist()
     return low, high

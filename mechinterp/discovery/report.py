@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from mechinterp.core.ablation import ABLATIONS
 from mechinterp.discovery.describe import HeadStory
 from mechinterp.discovery.evaluate import Report
 from mechinterp.graph import Circuit, draw
@@ -71,9 +72,9 @@ def report_markdown(
         f"| edges asked for | {_asked(circuit, report)} |",
         f"| edges kept, connected | {report.edges}, {report.connected} |",
         f"| nodes | {report.nodes} |",
-        f"| ablation | {report.ablation}: every edge outside carries the value of the corrupt prompt |",
+        f"| ablation | {report.ablation}: every edge outside carries {_carried(report)} |",
         "",
-        "Faithfulness is (circuit - corrupt) / (clean - corrupt), unclamped. Above 1 the circuit lacks parts that work against "
+        f"Faithfulness is {_ratio(report)}, unclamped. Above 1 the circuit lacks parts that work against "
         "the answer; below 1 it lacks parts that work for it.",
         "",
         "## How it was found",
@@ -101,6 +102,19 @@ def _chance(report: Report) -> tuple[str, list[str]]:
         f"{report.beats_random} of {len(values)} beaten |"
     )
     return f" Random circuits of the same size and kinds of edges carry {_percent(mean)}.", [row]
+
+
+def _carried(report: Report) -> str:
+    if report.ablation == "resample":
+        return "the value of the corrupt prompt"
+    meaning = ABLATIONS[report.ablation.split(",")[0]]
+    return meaning if meaning == "zero" else meaning.replace("its", "its writer's", 1)
+
+
+def _ratio(report: Report) -> str:
+    if report.ablation == "resample":
+        return "(circuit - corrupt) / (clean - corrupt)"
+    return f"(circuit - empty) / (clean - empty), where empty = {report.empty:.3f} is the {report.metric} with everything ablated"
 
 
 def _percent(share: float) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from mechinterp.core.ablation import Ablation, as_ablation
 from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.model import Model
 from mechinterp.core.plan import answer_logits, progress_bar, rows_per_forward
 from mechinterp.core.run import Cache
+from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
 from mechinterp.errors import GraphError
 from mechinterp.graph import Circuit
@@ -40,6 +42,11 @@ class CircuitRuns:
         ``[circuit batch]``: the metric of each circuit.
     accuracy
         ``[circuit + 1 batch]``: whether the right answer beats the wrong one, for each circuit, and last for the whole model.
+    empty
+        ``[batch]``: the metric with everything ablated (the empty circuit). Under "resample" that is ``corrupt``; under other
+        ablations it is not, and faithfulness is measured from here.
+    ablation
+        What edges outside of the circuits carry: ``str`` of the `Ablation`.
     """
 
     metric: str
@@ -47,12 +54,17 @@ class CircuitRuns:
     corrupt: Tensor
     circuits: Tensor
     accuracy: Tensor
+    empty: Tensor
+    ablation: str = "resample"
 
     def __repr__(self) -> str:
         means = ", ".join(f"{value:.3f}" for value in self.circuits.mean(dim=1)[:8].tolist())
+        nothing = (
+            "" if self.ablation == "resample" else f"; {self.ablation} ablation of everything {float(self.empty.mean()):.3f}"
+        )
         return (
             f"CircuitRuns: {self.metric}, clean {float(self.clean.mean()):.3f}, corrupt {float(self.corrupt.mean()):.3f}, "
-            f"{len(self.circuits)} circuits {means}"
+            f"{len(self.circuits)} circuits {means}{nothing}"
         )
 
 
@@ -61,6 +73,7 @@ def run_circuits(
     task: Task,
     circuits: Sequence[Circuit],
     *,
+    ablation: Ablation | str = "resample",
     metric: MetricLike = None,
     memory: int = _BUDGET,
     progress: bool = False,
@@ -68,13 +81,19 @@ def run_circuits(
     """What is left of the behaviour when everything outside each circuit is ablated?
 
     Every reader v reads in_v = sum of the current writers + sum over edges (u, v) outside the circuit of
-    (corrupt_u - current_u), where current_u is what u writes *in this run*; the norm is recomputed on that. The ablation
-    is resampling from the corrupt prompts, pair by pair. The full graph gives the clean run, the empty one the corrupt run.
+    (ablated_u - current_u), where current_u is what u writes *in this run*; the norm is recomputed on that. Where the heads'
+    sum passes a norm before it is added (Gemma 2), v hears that norm of the sum with the ablated heads put in. The full graph
+    gives the clean run under every ablation. The empty one gives everything ablated: under "resample" the corrupt run, else
+    the logits of the sum of all writers' ablated values (and of what no node writes, such as attention biases).
 
     Parameters
     ----------
     circuits
         Circuits of this model's graph.
+    ablation
+        What u's edges outside the circuit carry: an `Ablation`, or the name of one that draws nothing. A writer is a head, an
+        MLP or the embedding (token and position together). Means and fits are taken over the whole task, or over the
+        ablation's own ``reference``.
     metric
         As in `mechinterp.patch`.
     memory
@@ -89,10 +108,16 @@ def run_circuits(
     ------
     GraphError
         A circuit of another model's shape, or no circuit at all.
+    EditError
+        As `Ablation`.
 
     Notes
     -----
-    Cost: 2 forward passes for the two runs, and one for each circuit, packed as rows of few calls.
+    Cost: 2 forward passes for the two runs, and one for each circuit, packed as rows of few calls; with another ablation than
+    "resample", one more for the empty circuit, and what the ablation costs.
+
+    An edge on no path from the embedding to the logits does nothing under "resample". Under other ablations it does: its
+    writer hears ablated values, and answers them.
 
     References
     ----------
@@ -106,33 +131,41 @@ def run_circuits(
     >>> outs.circuits.shape[0]
     2
     """
-    layout = layout_of(model)
+    layout, ablation = layout_of(model), as_ablation(ablation, seed=None)
     if not circuits:
         raise GraphError("no circuits were given; pass a list such as [circuit, mi.Circuit.full(model)]")
     for circuit in circuits:
         if circuit.shape != layout.shape:
             raise GraphError(f"{circuit!r} is a circuit of shape {circuit.shape}, but {model.name} has {layout.shape}")
-    outside = torch.stack([_outside(circuit, layout) for circuit in circuits]).to(model.device)
+    task = task.to(model.device)
+    paired = ablation.kind == "resample"
+    # Where other values come from than the corrupt run, what is left with everything ablated is a run of its own.
+    wanted = [*circuits] if paired else [*circuits, Circuit.empty(layout.shape)]
+    outside = torch.stack([_outside(circuit, layout) for circuit in wanted]).to(model.device)
+    source = None if paired else ablation.source(model, task, _nodes(layout))
     length = task.clean.shape[1]
-    differing = max(1, length - int(task.first_difference.min()))
+    differing = max(1, length - int(task.first_difference.min())) if paired else length
     per_row = 4 * differing * model.cfg.d_model * (len(layout.writers) + 3 * len(layout.groups[0].readers) + 8)
     fit = max(1, min(memory // per_row, rows_per_forward(model, length)))
     rows = min(fit, len(task))
     at_once = max(1, fit // rows)
     found: list[list[Tensor]] = []
-    with progress_bar(len(circuits) * len(task), "run circuits", show=progress) as bar:
+    with progress_bar(len(wanted) * len(task), "run circuits", show=progress) as bar:
         for first in range(0, len(task), rows):
             runs = compare_runs(model, task[first : first + rows], layout.written, metric=metric, direction="noise")
-            # Before the prompts first differ nothing differs anywhere, so nothing is ablated there.
-            start = int(runs.task.first_difference.min())
-            corrupt = _written(runs.corrupt, layout, start)
+            if source is None:
+                # Before the prompts first differ nothing differs anywhere, so nothing is ablated there.
+                other, start = runs.corrupt, int(runs.task.first_difference.min())
+            else:
+                other, start = source(slice(first, first + rows)), 0
+            ablated = _written(other, layout, start)
             logits = []
-            for chunk in range(0, len(circuits), at_once):
+            for chunk in range(0, len(wanted), at_once):
                 part = outside[chunk : chunk + at_once]
-                logits.append(_run_packed(runs, layout, part, corrupt, start))
+                logits.append(_run_packed(runs, layout, part, ablated, start))
                 bar.update(len(part) * len(runs.task))
             answers = torch.cat(logits)
-            right = [_accuracy(each, runs.task) for each in (*answers, runs.clean_logits)]
+            right = [_accuracy(each, runs.task) for each in (*answers[: len(circuits)], runs.clean_logits)]
             found.append(
                 [
                     runs.measure(runs.clean_logits)[None],
@@ -142,13 +175,21 @@ def run_circuits(
                 ]
             )
     clean, corrupt_metric, values, accuracy = (torch.cat(each, dim=1).cpu() for each in zip(*found, strict=True))
-    return CircuitRuns(runs.metric.name, clean[0], corrupt_metric[0], values, accuracy)
+    empty = corrupt_metric[0] if paired else values[-1]
+    return CircuitRuns(runs.metric.name, clean[0], corrupt_metric[0], values[: len(circuits)], accuracy, empty, str(ablation))
 
 
 def _accuracy(logits: Tensor, task: Task) -> Tensor:
     from mechinterp.tasks import accuracy
 
     return accuracy(logits, task)
+
+
+def _nodes(layout: Layout) -> Selection:
+    """Every writer as a site of its own."""
+    heads = range(layout.shape.n_heads)
+    split = [[replace(site, head=i) for i in heads] if site.name == "z" else [site] for site in layout.written]
+    return Selection(tuple(site for sites in split for site in sites))
 
 
 def _outside(circuit: Circuit, layout: Layout) -> Tensor:
@@ -175,17 +216,19 @@ def _written(cache: Cache, layout: Layout, start: int) -> Tensor:
     return written
 
 
-def _run_packed(runs: Comparison, layout: Layout, outside: Tensor, corrupt: Tensor, start: int) -> Tensor:
+def _run_packed(runs: Comparison, layout: Layout, outside: Tensor, ablated: Tensor, start: int) -> Tensor:
     """Answer logits ``[circuit batch vocab]`` of several circuits as rows of one forward pass."""
     model, task, shape = runs.model, runs.task, layout.shape
     n = len(outside)
     width = model.cfg.d_model
-    # corrupt_u - current_u, filled in as the forward pass reaches each writer.
-    missing = corrupt.new_zeros(n, *corrupt.shape)
+    # ablated_u - current_u, filled in as the forward pass reaches each writer.
+    missing = ablated.new_zeros(n, *ablated.shape)
+    # What heads sum to before a norm that they pass together, of each layer.
+    summed: dict[int, Tensor] = {}
     registry = HookRegistry(model)
 
     def note(writers: slice, value: Tensor) -> None:
-        missing[:, :, writers] = corrupt[:, writers] - rearrange(value, "(n b) p w m -> n b w (p m)", n=n)
+        missing[:, :, writers] = ablated[:, writers] - rearrange(value, "(n b) p w m -> n b w (p m)", n=n)
 
     def note_stream(writer: int) -> Callable[[Tensor], Tensor]:
         def act(value: Tensor) -> Tensor:
@@ -199,6 +242,8 @@ def _run_packed(runs: Comparison, layout: Layout, outside: Tensor, corrupt: Tens
 
         def act(value: Tensor) -> Tensor:
             note(layout.head_writers(layer), torch.einsum("bphd,hdm->bphm", value[:, start:], weight))
+            if model.cfg.post_norm:
+                summed[layer] = rearrange(model.attention_sums(layer, value[:, start:]), "(n b) p m -> n b 1 p m", n=n)
             return value
 
         return act
@@ -209,8 +254,22 @@ def _run_packed(runs: Comparison, layout: Layout, outside: Tensor, corrupt: Tens
     def miss(groups: list[ReaderGroup]) -> Tensor:
         first, last = groups[0].readers.start, groups[-1].readers.stop
         n_writers = groups[0].n_writers
-        weights = outside[:, None, first:last, :n_writers].to(corrupt.dtype)
-        return rearrange(torch.matmul(weights, missing[:, :, :n_writers]), "n b r (p m) -> (n b) p r m", m=width)
+        weights = outside[:, None, first:last, :n_writers].to(ablated.dtype)
+        if not model.cfg.post_norm:
+            return rearrange(torch.matmul(weights, missing[:, :, :n_writers]), "n b r (p m) -> (n b) p r m", m=width)
+        # Heads are summed and normed together: what a reader misses is the difference of two normed sums.
+        weights = weights.clone()
+        through_norms = missing.new_zeros(())
+        for layer, current in summed.items():
+            heads = layout.head_writers(layer)
+            if heads.stop <= n_writers:
+                cut = rearrange(torch.matmul(weights[..., heads], missing[:, :, heads]), "n b r (p m) -> n b r p m", m=width)
+                through_norms = (
+                    through_norms + model.attention_passes(layer, current + cut) - model.attention_passes(layer, current)
+                )
+                weights[..., heads] = 0
+        direct = rearrange(torch.matmul(weights, missing[:, :, :n_writers]), "n b r (p m) -> n b r p m", m=width)
+        return rearrange(direct + through_norms, "n b r p m -> (n b) p r m")
 
     def read(group: ReaderGroup, together: list[ReaderGroup]) -> Callable[[Tensor], Tensor]:
         cut = bool(outside[:, group.readers.start : group.readers.stop, : group.n_writers].any())

@@ -1,4 +1,4 @@
-"""Activation patching: the exact effect of every site, one counterfactual run each."""
+"""Activation patching and causal tracing: the exact effect of every site, one counterfactual run each."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from mechinterp.core.edits import Edit
 from mechinterp.core.effects import Effects, Label
 from mechinterp.core.model import Model
-from mechinterp.core.plan import plan_cells, sweep
+from mechinterp.core.plan import BUDGET, Plan, plan_cells, sweep
 from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
 from mechinterp.errors import SelectorError, did_you_mean
 from mechinterp.patching.compare import Direction, MetricLike, compare_runs
 from mechinterp.patching.ends import own_ends
-from mechinterp.tasks import Task
+from mechinterp.tasks import Task, resolve_metric
 
-__all__ = ["Grid", "grid_of", "patch"]
+__all__ = ["Grid", "grid_of", "patch", "plan"]
 
 AXES = ("layer", "head", "kv_head", "pos", "neuron")
 
@@ -35,12 +36,31 @@ class Grid:
         return flat.reshape(*(len(self.coords[axis]) for axis in self.axes), flat.shape[-1])
 
 
-def grid_of(model: Model, at: str | Site | Selection, length: int, over: Sequence[str] | None) -> Grid:
+def grid_of(model: Model, at: str | Site | Selection, length: int, over: Sequence[str] | None, window: int = 1) -> Grid:
     """Group the selected sites into cells.
 
     One cell for each combination of the axes in ``over``; axes of the selector that are not in it are patched
-    together. Without ``over``, every site that the selector names apart is a cell.
+    together. Without ``over``, every site that the selector names apart is a cell. With ``window`` a cell holds the
+    same sites of that many layers around its own.
     """
+    grid = _grid_of(model, at, length, over)
+    if window < 1:
+        raise SelectorError(f"window={window}: give the number of layers that are patched together, 1 or more")
+    if window > 1:
+        if "layer" not in grid.axes:
+            raise SelectorError(f"window={window} takes layers to slide over; {at} has the axes {', '.join(grid.axes)}")
+        cells = [_widened(cell, window, grid.coords["layer"]) for cell in grid.cells]
+        grid = Grid(grid.axes, grid.coords, cells, grid.site)
+    return grid
+
+
+def _widened(cell: tuple[Site, ...], window: int, layers: tuple[Label, ...]) -> tuple[Site, ...]:
+    """The sites of a cell, in all layers of the window around it."""
+    shifts = range(-((window - 1) // 2), window // 2 + 1)
+    return tuple(replace(site, layer=at) for site in cell for at in ((site.layer or 0) + by for by in shifts) if at in layers)
+
+
+def _grid_of(model: Model, at: str | Site | Selection, length: int, over: Sequence[str] | None) -> Grid:
     sites = select(at, model.cfg).sites
     names = dict.fromkeys(site.name for site in sites)
     if over is not None:
@@ -92,15 +112,68 @@ def _split(site: Site, axis: str, model: Model, length: int) -> list[Site]:
     return [replace(site, head=i) for i in range(model.cfg.n_heads if axis == "head" else model.cfg.n_kv_heads)]
 
 
+def plan(
+    model: Model,
+    task: Task,
+    at: str | Site | Selection,
+    *,
+    over: Sequence[str] | None = None,
+    window: int = 1,
+    corruption: Edit | Sequence[Edit] = (),
+    metric: MetricLike = None,
+    memory: int = BUDGET,
+) -> Plan:
+    """What would this sweep cost, before anything runs?
+
+    Parameters
+    ----------
+    model, task, at, over, window, corruption, metric, memory
+        As in `patch`.
+
+    Returns
+    -------
+    Plan
+        Cells, packed passes, rows in one, FLOPs in all and beside one full forward pass for each cell, peak memory.
+
+    Notes
+    -----
+    Cost: none, but for the check of replays the first time that a model is used (two tiny forward passes).
+
+    Examples
+    --------
+    >>> import mechinterp as mi
+    >>> toy = mi.toys.induction()
+    >>> mi.plan(toy.model, toy.task, "L*.H*.z").cells
+    8
+    """
+    at, task = own_ends(model, at, task)
+    grid = grid_of(model, at, task.clean.shape[1], over, window)
+    start = 0 if _edits(corruption) else int(task.first_difference.min())
+    vocabulary = task.answers()[1] if resolve_metric(metric, task).answers_only else None
+    return _plan(model, task, grid.cells, start, vocabulary, memory)
+
+
+def _plan(model: Model, task: Task, cells: Sequence[Sequence[Site]], start: int, vocabulary: Tensor | None, memory: int) -> Plan:
+    batch, length = task.clean.shape
+    return plan_cells(model, batch, length, cells, start=start, read=task.answer_pos, vocabulary=vocabulary, memory=memory)
+
+
+def _edits(corruption: Edit | Sequence[Edit]) -> tuple[Edit, ...]:
+    return (corruption,) if isinstance(corruption, Edit) else tuple(corruption)
+
+
 def patch(
     model: Model,
     task: Task,
     at: str | Site | Selection,
     *,
     over: Sequence[str] | None = None,
+    window: int = 1,
+    corruption: Edit | Sequence[Edit] = (),
     metric: MetricLike = None,
     direction: Direction = "denoise",
     normalize: bool = True,
+    memory: int = BUDGET,
     progress: bool = False,
 ) -> Effects:
     """Which activations carry the difference between the clean and the corrupt prompts?
@@ -117,6 +190,11 @@ def patch(
     over
         Axes of the result, of ``layer head kv_head pos neuron``. Default: those that the selector names apart.
         ``over=("layer", "pos")`` adds positions; an axis left out is patched together.
+    window
+        How many neighbouring layers are patched together in each cell.
+    corruption
+        Edits that make the corrupt run of the *clean* prompts, in place of the corrupt prompts: with noise on the
+        subject's embedding this is causal tracing.
     metric
         A name, a `Metric` or a function of (logits ``[batch vocab]`` at the answer position, task). Default: the task's.
     direction
@@ -124,6 +202,8 @@ def patch(
         run (is it needed?).
     normalize
         0 is the receiving run, 1 the other run. ``False`` gives the metric's own unit.
+    memory
+        Bytes of activations that one packed pass may hold; where they run out it is halved and repeated.
     progress
         Show a progress bar.
 
@@ -141,7 +221,10 @@ def patch(
 
     Notes
     -----
-    Cost: 2 forward passes for the two runs, and one for each cell, packed as rows of few calls.
+    Cost: 2 forward passes for the two runs, and less than one for each cell, packed as rows of few calls: a run starts
+    at the patched layer and the first changed position (`plan` says what that comes to). Where that is not exact on a
+    model, it is one full forward pass for each cell, and the plan in the provenance says so. A cell whose values are
+    the same in both runs is not run: its effect is exactly zero.
 
     References
     ----------
@@ -156,35 +239,33 @@ def patch(
     ('layer', 'head')
     """
     selector, (at, task) = at, own_ends(model, at, task)
-    length = task.clean.shape[1]
-    grid = grid_of(model, at, length, over)
+    grid = grid_of(model, at, task.clean.shape[1], over, window)
     everything = Selection(tuple(dict.fromkeys(site for cell in grid.cells for site in cell)))
-    runs = compare_runs(model, task, everything, metric=metric, direction=direction)
+    runs = compare_runs(model, task, everything, metric=metric, direction=direction, corruption=_edits(corruption))
     unit = runs.unit(normalize)
-    cells = [[(site, runs.other[site]) for site in cell] for cell in grid.cells]
     received = runs.received()
-    plan = plan_cells(
-        model,
-        len(task),
-        length,
-        grid.cells,
-        start=int(runs.task.first_difference.min()),
-        read=runs.task.answer_pos,
-    )
-    flat = torch.empty(len(cells), len(task))
+    differs = {site: not torch.equal(runs.other[site], runs.receiver[site]) for site in everything}
+    live = [i for i, cell in enumerate(grid.cells) if any(differs[site] for site in cell)]
+    cells = [[(site, runs.other[site]) for site in grid.cells[i] if differs[site]] for i in live]
+    plan = _plan(model, task, [[site for site, _ in cell] for cell in cells], runs.start, runs.vocabulary, memory)
+    flat = torch.zeros(len(grid.cells), len(task))
     results = sweep(
         plan,
         model,
         runs.tokens,
         cells,
         read=runs.task.answer_pos,
+        vocabulary=runs.vocabulary,
         positions=runs.task.positions,
+        base=runs.base,
         label=f"patch {selector}",
         progress=progress,
     )
-    for index, logits in results:
-        flat[index] = ((runs.measure(logits) - received) / unit).float().cpu()
-    what = grid.site or (str(selector) if len(str(selector)) <= 40 else f"{len(cells)} sites")
+    for members, logits in results:
+        chosen = [live[i] for i in members]
+        flat[chosen] = ((runs.measure_cells(logits) - received) / unit).float().cpu()
+    what = grid.site or (str(selector) if len(str(selector)) <= 40 else f"{len(grid.cells)} sites")
+    more = {"corruption": [repr(edit) for edit in _edits(corruption)]} if corruption else {}
     return Effects(
         quantity=f"patching {what} ({direction})",
         axes=grid.axes,
@@ -195,8 +276,10 @@ def patch(
             method="activation patching",
             site=grid.site,
             at=str(selector),
+            window=window,
             normalized=normalize,
-            forwards=2 + len(cells),
+            forwards=2 + len(cells) - plan.unchanged,
             plan=repr(plan),
+            **more,
         ),
     )

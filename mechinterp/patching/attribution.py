@@ -21,7 +21,7 @@ from mechinterp.patching.activation import Grid, grid_of
 from mechinterp.patching.compare import Comparison, Direction, MetricLike, compare_runs, unit_of
 from mechinterp.patching.ends import own_ends
 from mechinterp.patching.gradients import EMBED, check_gradient, gradients, path_points
-from mechinterp.patching.readers import Layout, ReaderGroup, layout_of
+from mechinterp.patching.readers import Layout, ReaderGroup, head_changes, layout_of
 from mechinterp.tasks import Task
 
 __all__ = ["attribute"]
@@ -35,7 +35,7 @@ def attribute(
     at: str | Site | Selection | None = None,
     *,
     unit: Literal["node", "edge"] = "node",
-    steps: int | Sequence[float] = 0,
+    steps: int | Sequence[int | float] = 0,
     over: Sequence[str] | None = None,
     metric: MetricLike = None,
     direction: Direction = "noise",
@@ -77,8 +77,6 @@ def attribute(
     ------
     MetricError
         The metric has no gradient, or (KL at the clean run) it vanishes there.
-    ModelError
-        Edges of a model that normalises outputs before adding them.
 
     Notes
     -----
@@ -120,8 +118,8 @@ def attribute(
             clean.append(runs.measure(runs.clean_logits))
             corrupt.append(runs.measure(runs.corrupt_logits))
     baseline = {"clean": float(torch.cat(clean).mean()), "corrupt": float(torch.cat(corrupt).mean())}
-    gap = unit_of(baseline, direction, metric=runs.metric, task=task)
-    flat = torch.cat(scores, dim=-1) / (gap if normalize else 1.0)
+    scale = unit_of(baseline, direction, metric=runs.metric, task=task) if normalize else 1.0
+    flat = torch.cat(scores, dim=-1) / scale
     method = "EAP" if unit == "edge" else "attribution patching"
     if points != (0.0,):
         method += f"-IG inputs, {len(points)} {'midpoints' if isinstance(steps, int) else 'points'}"
@@ -136,8 +134,8 @@ def attribute(
     )
     provenance["prompts"] = len(task)
     if at is None:
-        error = float(scorer.from_embed(flat).mean()) - (1.0 if normalize else gap)
-        provenance["completeness_error"] = error
+        gap = (baseline["clean"] - baseline["corrupt"]) * (1 if direction == "denoise" else -1)
+        provenance["completeness_error"] = float(scorer.from_embed(flat).mean()) - gap / scale
     return Effects(
         quantity=f"{method}: patching {what} ({direction}), estimated",
         axes=scorer.axes,
@@ -267,8 +265,8 @@ def written_difference(runs: Comparison, layout: Layout, start: int) -> Tensor:
     difference[:, 0] = gap(EMBED).reshape(batch, -1)
     for layer in range(layout.shape.n_layers):
         # z is d_head wide where a head output is d_model wide, so it is z that is kept and projected here.
-        weight = runs.model.projection(layer, "o").weight.float()
-        heads = einsum(gap(Site("z", layer)), weight, "b p h d, h d m -> b p h m")
+        z = Site("z", layer)
+        heads = head_changes(runs.model, layer, runs.receiver[z][:, start:], runs.other[z][:, start:])
         difference[:, layout.head_writers(layer)] = rearrange(heads, "b p h m -> b h (p m)")
         if not layout.shape.attn_only:
             difference[:, layout.mlp_writer(layer)] = gap(Site("mlp_out", layer)).reshape(batch, -1)

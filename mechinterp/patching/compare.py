@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mechinterp.core.edits import Edit
 from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.model import Model
 from mechinterp.core.plan import answer_logits
 from mechinterp.core.run import Cache
-from mechinterp.core.select import Selection
+from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
 from mechinterp.errors import MetricError
 from mechinterp.tasks import Metric, Task, resolve_metric
@@ -31,6 +33,8 @@ class Comparison:
 
     ``receiver`` is the run that is changed, ``other`` the one that values come from:
     ``"denoise"`` moves clean values into the corrupt run, ``"noise"`` corrupt values into the clean run.
+
+    The corrupt run is that of the corrupt prompts, or of the clean prompts with the values of ``corruption`` put in.
     """
 
     model: Model
@@ -41,11 +45,22 @@ class Comparison:
     corrupt: Cache
     clean_logits: Tensor
     corrupt_logits: Tensor
+    corruption: tuple[tuple[Site, Tensor], ...] = ()
 
     @property
     def tokens(self) -> Tensor:
         """Tokens of the receiving run, ``[batch pos]``."""
-        return self.task.corrupt if self.direction == "denoise" else self.task.clean
+        return self.task.corrupt if self.direction == "denoise" and not self.corruption else self.task.clean
+
+    @property
+    def base(self) -> tuple[tuple[Site, Tensor], ...]:
+        """What is put into the receiving run beside its tokens."""
+        return self.corruption if self.direction == "denoise" else ()
+
+    @property
+    def start(self) -> int:
+        """The first position at which the two runs can differ."""
+        return 0 if self.corruption else int(self.task.first_difference.min())
 
     @property
     def receiver(self) -> Cache:
@@ -58,6 +73,23 @@ class Comparison:
     def measure(self, logits: Tensor) -> Tensor:
         """The metric per example ``[batch]`` of answer logits ``[batch vocab]``."""
         return self.metric(logits, self.task, self.clean_logits if self.metric.needs_reference else None)
+
+    @cached_property
+    def _answers(self) -> tuple[Task, Tensor]:
+        return self.task.answers()
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """The tokens whose logits the metric reads; ``None`` for all."""
+        return self._answers[1] if self.metric.answers_only else None
+
+    def measure_cells(self, logits: Tensor) -> Tensor:
+        """The metric ``[cell batch]`` of answer logits ``[cell batch vocab]``, of the tokens of `vocabulary`."""
+        if not self.metric.answers_only:
+            return torch.stack([self.measure(each) for each in logits])
+        cells, batch = logits.shape[:2]
+        task = self._answers[0]
+        return self.metric(logits.flatten(0, 1), task[list(range(batch)) * cells]).reshape(cells, batch)
 
     @property
     def baseline(self) -> dict[str, float]:
@@ -112,21 +144,38 @@ def compare_runs(
     *,
     metric: MetricLike = None,
     direction: Direction = "denoise",
+    corruption: Sequence[Edit] = (),
 ) -> Comparison:
-    """Run both prompts of a task once and keep the selected activations. Cost: 2 forward passes."""
+    """Run both prompts of a task once and keep the selected activations. Cost: 2 forward passes.
+
+    With ``corruption`` the corrupt run is that of the clean prompts with these edits. What they made of their sites is
+    kept, so that every later run gets the very same values, however its rows are packed.
+    """
     if direction not in ("denoise", "noise"):
         raise MetricError(
             f"direction={direction!r}: write 'denoise' (clean activations into the corrupt run) "
             "or 'noise' (corrupt activations into the clean run)"
         )
     task = task.to(model.device)
+    corrupted = Selection(tuple(dict.fromkeys(site.whole for edit in corruption for site in select(edit.at, model.cfg))))
     caches, answers = [], []
-    for tokens in (task.clean, task.corrupt):
+    for tokens, edits in ((task.clean, ()), (task.clean if corruption else task.corrupt, corruption)):
         kept: dict[Site, Tensor] = {}
-        registry = HookRegistry(model)
-        registry.capture(selection, kept)
+        registry = HookRegistry(model, task.positions)
+        for edit in edits:
+            registry.add(edit)
+        registry.capture(selection | corrupted if edits else selection, kept)
         with torch.no_grad(), registry:
             answers.append(answer_logits(model, tokens, task.answer_pos))
         caches.append(Cache(model, selection, kept, task.positions))
-    (clean, corrupt), (clean_logits, corrupt_logits) = caches, answers
-    return Comparison(model, task, resolve_metric(metric, task), direction, clean, corrupt, clean_logits, corrupt_logits)
+    return Comparison(
+        model=model,
+        task=task,
+        metric=resolve_metric(metric, task),
+        direction=direction,
+        clean=caches[0],
+        corrupt=caches[1],
+        clean_logits=answers[0],
+        corrupt_logits=answers[1],
+        corruption=tuple((site, kept[site]) for site in corrupted),
+    )

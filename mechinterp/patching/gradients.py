@@ -21,7 +21,7 @@ __all__ = ["EMBED", "check_gradient", "gradients", "path_points"]
 EMBED = Site("resid_pre", 0)
 
 
-def path_points(steps: int | Sequence[float]) -> tuple[float, ...]:
+def path_points(steps: int | Sequence[int | float]) -> tuple[float, ...]:
     """Where on the line from the receiving run (0) to the other run (1) gradients are taken.
 
     ``steps=0`` is plain attribution patching: the gradient at the receiving run. ``steps=m`` takes the midpoints
@@ -50,7 +50,7 @@ def check_gradient(runs: Comparison, points: Sequence[float]) -> None:
             f"{runs.metric.name!r} has a zero gradient almost everywhere, so estimates of it are all zero; "
             "use metric='logit_diff', or measure it exactly with mi.patch"
         )
-    if runs.metric.needs_reference and runs.direction == "noise" and tuple(points) == (0.0,):
+    if runs.metric.needs_reference and runs.direction == "noise" and not any(points):
         raise MetricError(
             f"{runs.metric.name!r} is at its minimum in the clean run, where its gradient is zero: "
             "use steps=5, direction='denoise' or another metric"

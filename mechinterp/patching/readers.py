@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
 from mechinterp.core.model import Model
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
-from mechinterp.errors import ModelError
 from mechinterp.graph import Edge, GraphShape, scored_edges
 
-__all__ = ["Layout", "ReaderGroup", "layout_of"]
+__all__ = ["Layout", "ReaderGroup", "head_changes", "layout_of"]
 
 
 @dataclass(frozen=True)
@@ -79,20 +82,24 @@ class Layout:
 
 
 def layout_of(model: Model) -> Layout:
-    """Writers, readers and edges of a model.
-
-    Raises
-    ------
-    ModelError
-        The model normalises outputs before adding them, so that a head's share of the stream is not its own.
-    """
-    if model.cfg.post_norm:
-        raise ModelError(
-            f"{model.name} ({model.cfg.architecture}) passes attention and MLP outputs through a norm before they are added: "
-            "a head's share of the stream depends on the other heads, and edges are not defined for it here. "
-            "Use node effects: mi.patch(model, task, 'L*.H*.z')"
-        )
+    """Writers, readers and edges of a model."""
     return _layout(GraphShape.of(model))
+
+
+def head_changes(model: Model, layer: int, before: Tensor, after: Tensor) -> Tensor:
+    """How what the stream gets changes when one head at a time mixes other values: ``[batch pos head d_model]``.
+
+    ``before`` and ``after`` are z ``[batch pos head d_head]``. Where attention's output passes a norm before it is added,
+    a head's part is not its own: it is the change of the normed sum with all other heads as they were ``before``.
+    """
+    if not model.cfg.post_norm:
+        return einsum((after - before).float(), model.projection(layer, "o").weight.float(), "b p h d, h d m -> b p h m")
+    heads = torch.eye(before.shape[2], dtype=torch.bool, device=before.device)
+    with torch.no_grad():
+        one_changed = torch.where(heads[:, None, None, :, None], after, before)
+        added = model.attention_adds(layer, rearrange(one_changed, "n b p h d -> (n b) p h d"))
+        changed = rearrange(added, "(n b) p m -> b p n m", b=len(before))
+        return (changed - model.attention_adds(layer, before).unsqueeze(2)).float()
 
 
 @lru_cache(maxsize=16)

@@ -47,6 +47,9 @@ class Metric:
     differentiable
         False where the gradient is zero almost everywhere, as for `accuracy`; gradient estimates refuse
         these.
+    answers_only
+        Whether it reads the logits of the right and wrong answers and of no other token, and each pair by itself.
+        Sweeps then compute no other logits, and measure many runs at once.
 
     Raises
     ------
@@ -69,6 +72,7 @@ class Metric:
     needs_reference: bool = False
     higher_is_better: bool = True
     differentiable: bool = True
+    answers_only: bool = False
 
     def __call__(self, logits: Tensor, task: Task, reference: Tensor | None = None) -> PerExample:
         """One number per example.
@@ -184,7 +188,7 @@ def _mean(values: Tensor, ids: Tensor) -> Tensor:
     return _sum(values, ids) / (ids >= 0).sum(dim=-1).to(values.device)
 
 
-logit_diff = Metric("logit_diff", _logit_diff)
+logit_diff = Metric("logit_diff", _logit_diff, answers_only=True)
 """Mean logit of the right answers minus mean logit of the wrong ones."""
 
 prob_diff = Metric("prob_diff", _prob_diff)
@@ -193,7 +197,7 @@ prob_diff = Metric("prob_diff", _prob_diff)
 log_prob = Metric("log_prob", _log_prob)
 """Log of the summed probability of the right answers, in nats."""
 
-accuracy = Metric("accuracy", _accuracy, differentiable=False)
+accuracy = Metric("accuracy", _accuracy, differentiable=False, answers_only=True)
 """1 where the best right answer beats the best wrong answer, else 0; a tie is 0."""
 
 kl = Metric("kl", _kl, needs_reference=True, higher_is_better=False)

@@ -174,6 +174,26 @@ class Task:
     def __iter__(self) -> Iterator[Task]:
         return (self[row] for row in range(len(self)))
 
+    def answers(self) -> tuple[Task, Tensor]:
+        """The same task over a vocabulary of its answers alone, and the token ids ``[vocab]`` that this vocabulary is.
+
+        With logits of these tokens only, metrics that read no others give the same numbers.
+
+        Examples
+        --------
+        >>> task = Task(name="one", clean=[[0, 1]], corrupt=[[0, 2]], right=[70], wrong=[50])
+        >>> narrow, ids = task.answers()
+        >>> ids.tolist(), narrow.right.tolist(), narrow.wrong.tolist()
+        ([50, 70], [[1]], [[0]])
+        """
+        both = torch.cat([self.right.flatten(), self.wrong.flatten()])
+        ids = torch.unique(both[both >= 0])
+
+        def renumbered(answers: Tensor) -> Tensor:
+            return torch.searchsorted(ids, answers).where(answers >= 0, -1)
+
+        return replace(self, right=renumbered(self.right), wrong=renumbered(self.wrong)), ids
+
     def __getitem__(self, rows: int | slice | Ids) -> Task:
         """The task of some of the pairs, in the order asked for; a pair may be taken more than once.
 

@@ -71,6 +71,94 @@ def test_hooks_from_before_the_wrapping_stay(module: Any, tokens: Tensor) -> Non
     assert fired == ["block", "whole"]
 
 
+def test_hooks_that_would_never_fire_again_are_refused(module: Any, tokens: Tensor) -> None:
+    """transformer_lens computes attention (and some norms) itself, and calls the plain modules no more."""
+    fired: list[str] = []
+    handle = module.transformer.h[1].attn.register_forward_hook(lambda *_: fired.append("attention"))
+    norm = module.transformer.ln_f.register_full_backward_hook(lambda *_: None)
+    before = [path for path, _ in module.named_modules()]
+    module.train()
+    message = (
+        "mine has hooks of yours that would never fire again, on transformer.h.1.attn, transformer.ln_f: transformer_lens "
+        "computes these parts itself. Remove them before mi.load, and use mi.HookRegistry or mi.run(..., edits=, capture=) "
+        "at a site such as 'L0.attn_out' instead"
+    )
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
+        mi.load(module, name="mine")
+    # The module is as it was: not wrapped, and its hooks fire.
+    assert [path for path, _ in module.named_modules()] == before
+    assert module.training
+    module(input_ids=tokens)
+    assert fired == ["attention"]
+    handle.remove()
+    norm.remove()
+    assert mi.load(module).audit.refused == {}
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Gemma 2", "GPT-NeoX (Pythia)", "GPT-J", "GPT-Neo", "OPT", "Bloom",
+                                  "Falcon (40B)", "Phi-3", "OLMo 2", "Mixtral"])  # fmt: skip
+def test_exactly_the_hooks_that_would_be_lost_are_refused(name: str, tokens: Tensor) -> None:
+    """By trying: hooks on every plain module, which of them fire before and after transformer_lens has wrapped it."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    from mechinterp.core.bridging import _is_replaced, _mend_falcon
+    from tests.core.architectures import module_of
+
+    module = module_of(name)
+    fired: set[str] = set()
+    for path, part in module.named_modules():
+        part.register_forward_hook(lambda *_, path=path: fired.add(path))
+    module(input_ids=tokens)
+    before = set(fired)
+    fired.clear()
+    refused: set[str] = set()
+
+    def look(adapter: Any) -> None:
+        _mend_falcon(adapter, module.config)
+        refused.update(path for path in before if _is_replaced(adapter.component_mapping, module, path))
+
+    build_bridge_from_module(module, type(module).__name__, hf_config=module.config, post_adapter_hook=look)
+    module(input_ids=tokens)
+    lost = before - fired
+    assert lost <= refused
+    # Some that go on firing are refused too, those inside a module that is lost; nothing else.
+    assert all(path in lost or any(path.startswith(f"{each}.") for each in lost) for path in refused)
+
+
+def test_logits_that_the_wrapping_changes(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mechinterp.core import bridging
+
+    honest = bridging._tiny_logits
+    calls: list[int] = []
+
+    def other(module: Any, name: str) -> Tensor:
+        calls.append(1)
+        return honest(module, name) * (1.0 if len(calls) == 1 else 1.5)
+
+    monkeypatch.setattr(bridging, "_tiny_logits", other)
+    message = (
+        "transformer_lens computes other logits for this GPT2LMHeadModel than Hugging Face does, off by 5.0e-01 of the largest; "
+        "its adapter does not know this variant of the architecture. Load another variant, or another model"
+    )
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
+        mi.load(module)
+
+
+def test_supported_architectures() -> None:
+    from mechinterp.core.bridging import _nearest, supported_architectures
+
+    known = supported_architectures()
+    assert {"GPT2LMHeadModel", "Gemma3ForCausalLM"} <= set(known)
+    assert _nearest("LamaForCausalLM", known).startswith("Did you mean 'LlamaForCausalLM'")
+    assert _nearest("BertModel", known).startswith("Among them: GPT2LMHeadModel, ")
+
+
+def test_a_toy_by_another_name() -> None:
+    toy = mi.load("toy:induction", name="mine", tokenizer="any object")
+    assert (toy.name, toy.tokenizer) == ("mine", "any object")
+    assert mi.load("toy:induction", dtype=torch.float64).dtype == torch.float64
+
+
 def test_a_bridge(module: Any, tokens: Tensor) -> None:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
@@ -177,18 +265,33 @@ def mamba() -> nn.Module:
     return MambaForCausalLM(MambaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=9))
 
 
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(T5Config(num_layers=1, d_model=8, d_kv=4, num_heads=2, d_ff=8, vocab_size=9))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Linear(2, 2), "Linear is not a Hugging Face transformer: it has no config; pass a PreTrainedModel"),
+        (
+            lambda: nn.Linear(2, 2),
+            "Linear is not a Hugging Face transformer: it has no config. Pass a PreTrainedModel, or name the activations of a "
+            "plain module: mi.load(module, sites={...}, example=inputs)",
+        ),
         (
             bert,
-            "transformer_lens cannot wrap BertModel (bert): Unsupported architecture: BertModel. See "
-            "transformer_lens.model_bridge.sources.list_supported_models()",
+            "transformer_lens cannot wrap BertModel (bert): Unsupported architecture: BertModel. It wraps 162 architectures. "
+            "Among them: GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM, Gemma3ForCausalLM, ...",
+        ),
+        (
+            t5,
+            "T5ForConditionalGeneration (T5ForConditionalGeneration) gives no logits of token ids alone (You must specify "
+            "exactly one of input_ids or inputs_embeds); pass a decoder, such as ...ForCausalLM",
         ),
         (mamba, "MambaForCausalLM (mamba) is not a transformer of attention and MLP blocks: its blocks have no attn and no mlp"),
     ],
-    ids=["linear", "bert", "mamba"],
+    ids=["linear", "bert", "t5", "mamba"],
 )
 def test_what_cannot_be_wrapped(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):

@@ -6,7 +6,7 @@ Largest difference seen between a sweep and single full forward passes: 2e-6 of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mechinterp as mi
-from mechinterp.core.plan import Cell, answer_logits, plan_cells, rows_per_forward, sweep
+from mechinterp.core.plan import Cell, answer_logits, halving, plan_cells, rows_per_forward, sweep
 from mechinterp.core.replay import ENTRIES
 from mechinterp.core.sites import Site
 
@@ -57,9 +57,13 @@ def one_by_one(model: Any, tokens: Tensor, cells: list[Cell]) -> Tensor:
 def swept(model: Any, tokens: Tensor, cells: list[Cell], *, start: int, memory: int = 1 << 30) -> tuple[Any, Tensor]:
     """The plan, and ``[cell batch vocab]`` by it."""
     plan = plan_cells(model, 3, 7, [[site for site, _ in cell] for cell in cells], start=start, read=READ, memory=memory)
-    found = dict(sweep(plan, model, tokens, cells, read=READ, positions={"S": WHERE}))
+    found = as_dict(sweep(plan, model, tokens, cells, read=READ, positions={"S": WHERE}))
     assert sorted(found) == list(range(len(cells)))
     return plan, torch.stack([found[i] for i in range(len(cells))])
+
+
+def as_dict(results: Iterator[tuple[Sequence[int], Tensor]]) -> dict[int, Tensor]:
+    return {i: each for members, logits in results for i, each in zip(members, logits, strict=True)}
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -70,7 +74,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def patterns_of(model: Any) -> list[str]:
     """Whole activations, single heads and neurons, single and named positions, of both layers."""
     found = []
-    for name in (*ENTRIES, "q", "pattern"):
+    for name in (*ENTRIES, "resid_pre", "q", "k", "v", "pattern", "q_in", "head_out"):
         if name not in model.sites:
             continue
         part = {"z": "H2.z", "q": "H1.q", "pattern": "H0.pattern", "mlp_post": "N5.mlp_post"}.get(name, name)
@@ -88,8 +92,7 @@ def test_a_sweep_is_its_runs_one_by_one(twins: Any, tokens: Tensor, same_hooks: 
     # The runs differ from each other and from the unchanged one, so a mixed-up order would be seen.
     plain = twins.model(tokens)[torch.arange(3), READ].detach()
     assert all(error(each, plain) > 1e-4 for cell, each in zip(cells, wanted, strict=True) if not _unseen(cell))
-    in_full = sum(cell[0][0].name in ("q", "pattern") for cell in cells)
-    assert plan.cells - plan.replayed == in_full
+    assert plan.replayed + plan.unchanged == len(cells)
 
 
 def _unseen(cell: Cell) -> bool:
@@ -107,12 +110,72 @@ def test_every_site_can_be_swept(twins_of: Callable[..., Any], tokens: Tensor, a
     assert error(swept(model, tokens, cells, start=0)[1], one_by_one(model, tokens, cells)) < CLOSE
 
 
-def test_cells_of_many_sites(gpt2: Any, tokens: Tensor) -> None:
-    cells = cells_of(gpt2, tokens, ["L0.H0.z | L0.H2.z[3]", "L0.H0.z | L1.H2.z", "L0.mlp_out | L0.H1.z", "embed"], 2)
-    plan, found = swept(gpt2, tokens, cells, start=2)
-    assert error(found, one_by_one(gpt2, tokens, cells)) < CLOSE
-    assert plan.replayed == 1
-    assert plan.reason == "their sites are spread over layers, or change what attention computes"
+def test_cells_of_many_sites(twins: Any, tokens: Tensor) -> None:
+    """Several sites of one layer, of several layers, and one outside the blocks."""
+    model = twins.model
+    patterns = [
+        "L0.H0.z | L0.H2.z[3]",
+        "L0.H0.z | L1.H2.z",
+        "L0.mlp_out | L0.H1.z",
+        "L*.mlp_post[4:7]",
+        "L0.H1.q | L1.k",
+        "embed",
+    ]
+    cells = cells_of(model, tokens, patterns, 2)
+    plan, found = swept(model, tokens, cells, start=2)
+    assert error(found, one_by_one(model, tokens, cells)) < CLOSE
+    assert plan.replayed == 5
+    assert plan.full == 1
+    assert plan.reason == "their sites lie outside the blocks"
+
+
+def test_what_cannot_change_the_answer_is_not_run(gpt2: Any, tokens: Tensor) -> None:
+    cells = cells_of(gpt2, tokens, ["L0.z[1]", "L0.z[3]", "L0.mlp_out[6]", "L0.q[0] | L1.q[2]"], 0)
+    sites = [[site for site, _ in cell] for cell in cells]
+    early = torch.tensor([5, 5, 4])
+    plan = plan_cells(gpt2, 3, 7, sites, start=3, read=early)
+    assert (plan.cells, plan.unchanged, plan.replayed) == (4, 3, 1)
+    found = as_dict(sweep(plan, gpt2, tokens, cells, read=early))
+    assert list(found) == [1]
+
+
+def test_values_that_are_put_into_every_run(twins: Any, tokens: Tensor) -> None:
+    model, rows = twins.model, torch.arange(3)
+    kept = mi.run(model, tokens, edits=[mi.Scale("L0.resid_pre", 1.5)], capture="L0.resid_pre")
+    base = [(Site("resid_pre", 0), kept["L0.resid_pre"])]
+    cells = cells_of(model, tokens, ["L0.H1.z", "L1.mlp_out", "L0.resid_pre[5]", "embed"], 2)
+    plan = plan_cells(model, 3, 7, [[site for site, _ in cell] for cell in cells], start=0, read=READ)
+    found = as_dict(sweep(plan, model, tokens, cells, read=READ, base=base))
+    for i, cell in enumerate(cells):
+        edits = [mi.Replace(*base[0], priority=-1), *(mi.Replace(*part) for part in cell)]
+        assert error(found[i], mi.run(model, tokens, edits=edits).logits[rows, READ]) < CLOSE
+    assert plan.full == 1
+
+
+def test_halving_where_memory_runs_out() -> None:
+    asked = []
+
+    def run(members: Sequence[int]) -> Tensor:
+        asked.append(list(members))
+        if len(members) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.tensor(members)
+
+    found = [pair for members, result in halving(range(7), run) for pair in zip(members, result.tolist(), strict=True)]
+    assert found == [(i, i) for i in range(7)]
+    assert asked[0] == list(range(7))
+
+    def fails(members: Sequence[int]) -> Tensor:
+        raise RuntimeError("another error")
+
+    with pytest.raises(RuntimeError, match="another error"):
+        list(halving(range(4), fails))
+
+    def never(members: Sequence[int]) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 5 bytes")
+
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        list(halving(range(4), never))
 
 
 @pytest.mark.parametrize("memory", [1, 200_000])
@@ -123,7 +186,7 @@ def test_little_memory(llama: Any, tokens: Tensor, memory: int) -> None:
     assert error(found, one_by_one(llama, tokens, cells)) < CLOSE
     assert plan.calls > swept(llama, tokens, cells, start=2)[0].calls
     if memory == 1:
-        assert plan.calls == len(cells)
+        assert plan.calls == len(cells) - plan.unchanged
 
 
 def test_putting_back_what_was_there(twins: Any, tokens: Tensor) -> None:
@@ -166,10 +229,18 @@ def test_inside_a_registry_its_edits_act_as_well(twins: Any, tokens: Tensor, sam
 
 def test_nothing_is_left_by_an_error(gpt2: Any, tokens: Tensor, same_hooks: Any) -> None:
     wrong: list[Cell] = [[(Site("q", 0), torch.zeros(1))]]
-    with same_hooks(gpt2), pytest.raises(mi.MechInterpError, match="the value has shape"):
+    with (
+        same_hooks(gpt2),
+        pytest.raises(
+            mi.MechInterpError,
+            match=re.escape(
+                "the new value of L0.q is torch.float32 of shape [1]; what it replaces is torch.float32 of shape [3, 7, 4, 8]"
+            ),
+        ),
+    ):
         swept(gpt2, tokens, wrong, start=0)
     # A sweep that is left half-way.
-    cells = cells_of(gpt2, tokens, ["L0.z", "L0.q", "L1.q"], 0)
+    cells = cells_of(gpt2, tokens, ["L0.z", "L0.q", "embed"], 0)
     with same_hooks(gpt2):
         plan = plan_cells(gpt2, 3, 7, [[site for site, _ in cell] for cell in cells], start=0, read=READ, memory=1)
         steps = sweep(plan, gpt2, tokens, cells, read=READ)
@@ -183,8 +254,8 @@ def test_nothing_is_left_by_an_error(gpt2: Any, tokens: Tensor, same_hooks: Any)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_the_cost_is_what_torch_counts(twins_of: Callable[..., Any], tokens: Tensor, architecture: str) -> None:
     model = twins_of(architecture).model
-    # No cell can be replayed, so it is one full forward pass for each; heads as rows of one call.
-    cells = cells_of(model, tokens, ["L0.q", "L1.q", "L0.pattern"], 0)
+    # No cell can be replayed, so it is one full forward pass for each, as rows of one call.
+    cells = cells_of(model, tokens, ["embed", "embed[3]", "embed[0]"], 0)
     read = torch.tensor([6, 6, 6])
     plan = plan_cells(model, 3, 7, [[site for site, _ in cell] for cell in cells], start=0, read=read)
     with FlopCounterMode(display=False) as counter:
@@ -196,7 +267,7 @@ def test_the_cost_is_what_torch_counts(twins_of: Callable[..., Any], tokens: Ten
     assert counter.get_total_flops() == pytest.approx(plan.flops_full, rel=0.02)
 
 
-@pytest.mark.parametrize("where", ["L*.H*.z", "L*.mlp_out", "L*.resid_pre", "L*.mlp_in"])
+@pytest.mark.parametrize("where", ["L*.H*.z", "L*.mlp_out", "L*.resid_pre", "L*.mlp_in", "L*.H*.q"])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_the_cost_of_replays_is_what_torch_counts(
     twins_of: Callable[..., Any], tokens: Tensor, architecture: str, where: str
@@ -214,19 +285,20 @@ def test_the_cost_of_replays_is_what_torch_counts(
 def test_rows(llama: Any) -> None:
     assert rows_per_forward(llama, 7, memory=1) == 1
     one = rows_per_forward(llama, 7)
-    assert rows_per_forward(llama, 7, memory=2 << 30) == pytest.approx(2 * one, abs=1)
+    assert rows_per_forward(llama, 7, memory=2 << 27) == pytest.approx(2 * one, abs=1)
     assert rows_per_forward(llama, 14) < one / 2 + 1
 
 
 def test_repr(gpt2: Any, tokens: Tensor) -> None:
-    whole = plan_cells(gpt2, 3, 7, [[Site("q", 0)], [Site("z", 0)]], start=0, read=READ)
+    whole = plan_cells(gpt2, 3, 7, [[Site("embed")], [Site("z", 0)], [Site("z", 0, pos=1)]], start=2, read=READ)
     assert re.fullmatch(
-        r"Plan: 2 cells in 2 packed passes, [\d.e-]+ TFLOP, \d\.\d\d of one full forward pass for each cell; 1 run in full: "
-        "their sites are spread over layers, or change what attention computes",
+        r"Plan: 3 cells \(1 of them change nothing and are not run\) in 2 packed passes of at most 3 rows, [\d.e-]+ TFLOP, "
+        r"\d\.\d\d of one full forward pass for each cell, about \d+ MiB; 1 run in full: their sites lie outside the blocks",
         repr(whole),
     )
+    assert repr(whole) in whole._repr_html_()
     part = plan_cells(gpt2, 3, 7, [[Site("z", 1)]], start=0, read=READ)
-    assert repr(part).endswith(" of one full forward pass for each cell")
+    assert repr(part).endswith(" MiB")
 
 
 def test_answers_are_read_where_they_are(twins: Any, tokens: Tensor) -> None:

@@ -133,6 +133,9 @@ REFUSED = [
     ("L0.z[1:]", "cannot read position '1:' in 'L0.z[1:]'; write -1, 3, 2:5, 1,3 or a named position"),
     ("L0.z[ ]", "cannot read position '' in 'L0.z[ ]'; write -1, 3, 2:5, 1,3 or a named position"),
     ("L0.z[4:4]", "the range 4:4 in 'L0.z[4:4]' is empty; write the smaller position first"),
+    ("L0.z['a'b]", "cannot read position \"'a'b\" in \"L0.z['a'b]\"; write -1, 3, 2:5, 1,3 or a named position"),
+    ("L0.z['a'#x]", "cannot read position \"'a'#x\" in \"L0.z['a'#x]\"; write -1, 3, 2:5, 1,3 or a named position"),
+    ("L0.z['a]", 'cannot read position "\'a" in "L0.z[\'a]"; write -1, 3, 2:5, 1,3 or a named position'),
     ("L0.z[4-3]", "the range 4-3 in 'L0.z[4-3]' is empty; write the smaller position first"),
 ]
 

@@ -25,7 +25,9 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Any:
     def plant(circuits: list[list[float]] | Tensor, clean: Any, corrupt: Any) -> None:
         values = torch.as_tensor(circuits)
         accuracy = torch.arange(values.numel() + values.shape[1]).reshape(-1, values.shape[1]) % 3 == 0
-        runs = CircuitRuns("planted", torch.as_tensor(clean), torch.as_tensor(corrupt), values, accuracy.float())
+        runs = CircuitRuns(
+            "planted", torch.as_tensor(clean), torch.as_tensor(corrupt), values, accuracy.float(), torch.as_tensor(corrupt)
+        )
         monkeypatch.setattr(module, "run_circuits", lambda *args, **options: runs)
 
     return plant

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import mechinterp as mi
-from mechinterp.errors import GraphError, ModelError
+from mechinterp.errors import GraphError
 from mechinterp.tasks import accuracy
+from tests.core.conftest import ARCHITECTURES, module_of
 from tests.oracles import published
 from tests.reference import Intervention, Reference
 
@@ -317,21 +318,24 @@ def test_a_circuit_of_another_model(setting: Any) -> None:
     assert str(caught.value) == (f"{mi.Circuit.full(shape)!r} is a circuit of shape {shape}, but {setting.model.name} has {own}")
 
 
-def test_post_norm_is_refused(setting: Any) -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_whole_graph_is_the_clean_run_and_none_of_it_the_corrupt_one(setting: Any, architecture: str) -> None:
+    """Also where attention and MLP read the same stream, and where the heads' sum passes a norm."""
+    model = mi.load(module_of(architecture))
+    outs = mi.run_circuits(model, setting.task, [mi.Circuit.full(model), mi.Circuit.empty(model)])
+    torch.testing.assert_close(outs.circuits[0], outs.clean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(outs.circuits[1], outs.corrupt, atol=1e-5, rtol=0)
 
-    config = Gemma2Config(
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        hidden_size=32,
-        intermediate_size=48,
-        vocab_size=61,
-        head_dim=8,
-    )
-    gemma = mi.load(Gemma2ForCausalLM(config).eval(), name="gemma")
-    with pytest.raises(ModelError, match=r"^gemma \(Gemma2ForCausalLM\) passes attention and MLP outputs through a norm"):
-        mi.run_circuits(gemma, setting.task, [mi.Circuit.full(gemma)])
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_but_one_edge_is_that_edge_s_effect(setting: Any, architecture: str) -> None:
+    """Two ways to the same number: a circuit as one forward pass, and a run replayed from the edge's reader."""
+    model = mi.load(module_of(architecture))
+    effects = mi.edge_effects(model, setting.task, normalize=False)
+    full = mi.Circuit.full(model)
+    without = [full - mi.Circuit.from_edges(full.shape, [edge]) for edge in full.edges]
+    outs = mi.run_circuits(model, setting.task, without)
+    torch.testing.assert_close(outs.circuits - outs.clean, effects.per_example, atol=3e-5, rtol=1e-5)
 
 
 def test_hooks_and_gradients_are_left_alone(setting: Any) -> None:

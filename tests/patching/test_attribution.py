@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import mechinterp as mi
-from mechinterp.errors import MetricError, ModelError, SelectorError
+from mechinterp.errors import MetricError, SelectorError
+from tests.core.conftest import module_of
 from tests.oracles import published
 from tests.reference import Intervention, copy_of
 
@@ -328,30 +329,29 @@ def test_no_difference_to_explain(setting: Any) -> None:
         mi.attribute(setting.model, same, unit="edge")
 
 
-def post_norm() -> mi.Model:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        hidden_size=32,
-        intermediate_size=48,
-        vocab_size=61,
-        head_dim=8,
-        attn_implementation="eager",
-    )
-    return mi.load(Gemma2ForCausalLM(config).eval(), name="gemma")
-
-
-def test_edges_are_refused_where_outputs_are_normalised(setting: Any) -> None:
-    with pytest.raises(ModelError) as caught:
-        mi.attribute(post_norm(), setting.task, unit="edge")
-    assert str(caught.value) == (
-        "gemma (Gemma2ForCausalLM) passes attention and MLP outputs through a norm before they are added: a head's share of "
-        "the stream depends on the other heads, and edges are not defined for it here. Use node effects: "
-        "mi.patch(model, task, 'L*.H*.z')"
-    )
+def test_edges_where_the_heads_sum_passes_a_norm(settings: dict[str, Any]) -> None:
+    """The embedding's edges sum to the whole difference; edges into the logits by hand."""
+    model, task = mi.load(module_of("gemma2")), settings["gpt2"].task
+    rough, estimate = (mi.attribute(model, task, unit="edge", steps=steps, normalize=False) for steps in (20, 200))
+    rough_error, error = (abs(each.provenance["completeness_error"]) for each in (rough, estimate))
+    assert error < min(0.01, rough_error / 20)
+    local = mi.attribute(model, task, unit="edge", normalize=False).per_example
+    clean, corrupt = (mi.run(model, tokens, capture="L*.z | L*.mlp_out | L1.resid_post") for tokens in (task.clean, task.corrupt))
+    rows = torch.arange(len(task))
+    stream = clean["L1.resid_post"][rows, task.answer_pos].requires_grad_()
+    logits = model.unembed(stream)
+    metric = logits[rows, task.right[:, 0]] - logits[rows, task.wrong[:, 0]]
+    (gradient,) = torch.autograd.grad(metric.sum(), stream)
+    for layer in (0, 1):
+        z, other = clean[f"L{layer}.z"], corrupt[f"L{layer}.z"]
+        change = {f"m{layer}": corrupt[f"L{layer}.mlp_out"] - clean[f"L{layer}.mlp_out"]}
+        for head in range(4):
+            mixed = torch.cat([z[:, :, :head], other[:, :, head : head + 1], z[:, :, head + 1 :]], dim=2)
+            change[f"a{layer}.h{head}"] = model.attention_adds(layer, mixed) - model.attention_adds(layer, z)
+        for node, moved in change.items():
+            expected = (moved[rows, task.answer_pos] * gradient).sum(-1).detach()
+            found = local[estimate.coords["edge"].index((node, "logits", "in"))]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 # -- what results carry, and what is left alone

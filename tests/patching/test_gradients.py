@@ -19,6 +19,8 @@ def test_points() -> None:
     assert path_points(1) == (0.5,)
     assert path_points(5) == pytest.approx((0.1, 0.3, 0.5, 0.7, 0.9))
     assert path_points([1.0, 0.0, 0.25]) == (1.0, 0.0, 0.25)
+    # Whole numbers are numbers.
+    assert path_points([0, 1]) == (0.0, 1.0)
     # Midpoints are symmetric, so that both directions walk the same path.
     assert path_points(7) == pytest.approx([1 - point for point in reversed(path_points(7))])
 

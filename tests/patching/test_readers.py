@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp.errors import ModelError
 from mechinterp.graph import scored_edges
-from mechinterp.patching.readers import Layout, _layout, layout_of
+from mechinterp.patching.readers import Layout, _layout, head_changes, layout_of
+from tests.core.conftest import ARCHITECTURES, module_of
 
 SHAPES = [
     mi.GraphShape(n_layers=3, n_heads=4),
@@ -61,17 +61,14 @@ def test_attention_only_models_have_no_mlps() -> None:
     assert not [name for name in layout_of(mi.toys.trained().model).writers if name.startswith("m")]
 
 
-def test_post_norm_is_refused() -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        hidden_size=16,
-        intermediate_size=16,
-        vocab_size=20,
-        head_dim=8,
-    )
-    with pytest.raises(ModelError, match=r"^gemma \(Gemma2ForCausalLM\) passes attention and MLP outputs through a norm"):
-        layout_of(mi.load(Gemma2ForCausalLM(config).eval(), name="gemma"))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_a_head_changes(architecture: str) -> None:
+    """With every head changed but one at a time: by hand, through the norm behind them where there is one."""
+    model = mi.load(module_of(architecture))
+    before, after = torch.randn(2, 2, 5, 4, 8, generator=torch.Generator().manual_seed(0))
+    found = head_changes(model, 1, before, after)
+    for head in range(4):
+        one = before.clone()
+        one[:, :, head] = after[:, :, head]
+        expected = (model.attention_adds(1, one) - model.attention_adds(1, before)).detach()
+        torch.testing.assert_close(found[:, :, head], expected, atol=1e-5, rtol=1e-5)

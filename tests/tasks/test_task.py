@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mechinterp.errors import MetricError, TaskError
-from mechinterp.tasks import Task
+from mechinterp.tasks import METRICS, Task
 from mechinterp.tasks.checks import check_devices
 
 PADDED = {
@@ -261,3 +261,18 @@ def test_split_messages(task: Task) -> None:
         "task 'mine' has one distinct clean prompt in 2 pairs, and a circuit is not judged on the prompt "
         "that found it: give at least 2 different prompts."
     )
+
+
+def test_answers_alone_give_the_same_numbers() -> None:
+    """With several right answers, and padding among them."""
+    task = Task(name="several", clean=[[0, 1], [0, 2]], corrupt=[[0, 2], [0, 1]], right=[[7, 3], [5, -1]], wrong=[[1, 9], [3, 7]])
+    narrow, ids = task.answers()
+    assert ids.tolist() == [1, 3, 5, 7, 9]
+    assert narrow.right.tolist() == [[3, 1], [2, -1]]
+    logits = torch.randn(2, 10, generator=torch.Generator().manual_seed(0))
+    for name in ("logit_diff", "accuracy"):
+        metric = METRICS[name]
+        assert metric.answers_only
+        assert torch.equal(metric(logits, task), metric(logits[:, ids], narrow))
+    assert not METRICS["kl"].answers_only
+    assert not METRICS["prob_diff"].answers_only

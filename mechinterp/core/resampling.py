@@ -1,0 +1,115 @@
+"""What prompts drawn by chance say of a mean over prompts: bootstrap intervals, sign-flip tests, corrections for many tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from mechinterp.errors import EditError, did_you_mean
+
+__all__ = ["CORRECTIONS", "adjusted", "bootstrap_interval", "sign_flip"]
+
+# Numbers held at once: cells times resamples.
+_AT_ONCE = 1 << 23
+
+
+def bootstrap_interval(per_example: Tensor, *, confidence: float, resamples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Percentile bootstrap of the mean over the last axis: prompts are drawn with replacement, the same for all cells.
+
+    Parameters
+    ----------
+    per_example
+        ``[cell batch]``.
+
+    Returns
+    -------
+    tuple
+        ``[cell]`` lower and upper ends; nan for a single prompt.
+    """
+    if not 0 < confidence < 1:
+        raise EditError(f"confidence={confidence}: give a share between 0 and 1, such as 0.95")
+    if resamples < 1:
+        raise EditError(f"resamples={resamples}: give at least 1; 2000 are usual")
+    cells, n = per_example.shape
+    if n < 2:
+        return torch.full((cells,), torch.nan), torch.full((cells,), torch.nan)
+    drawn = torch.randint(0, n, (resamples, n), generator=torch.Generator().manual_seed(seed))
+    # How often each prompt was drawn: all means of a cell are one matrix product.
+    share = torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n)) / n
+    tail = (1 - confidence) / 2
+    ends = torch.tensor([tail, 1 - tail])
+    parts = torch.split(per_example.float().cpu(), max(1, _AT_ONCE // resamples))
+    low, high = torch.cat([torch.quantile(part @ share.T, ends, dim=1) for part in parts], dim=1)
+    return low, high
+
+
+def sign_flip(per_example: Tensor, *, permutations: int, seed: int) -> Tensor:
+    """How often would the mean over the last axis be as far from 0 if each prompt's sign were chance?
+
+    p = share of sign patterns s in {-1, 1}^batch with |mean(s x)| >= |mean(x)|. All 2^batch patterns are counted if they are
+    no more than ``permutations``, else that many are drawn, and the observed one is counted among them.
+
+    Parameters
+    ----------
+    per_example
+        ``[cell batch]``.
+
+    Returns
+    -------
+    Tensor
+        ``[cell]``; nan where a number is not finite.
+    """
+    if permutations < 1:
+        raise EditError(f"permutations={permutations}: give at least 1; 10000 are usual")
+    values = per_example.double().cpu()
+    n = values.shape[1]
+    exact = 2**n <= permutations
+    if exact:
+        patterns = torch.arange(2**n)[:, None] >> torch.arange(n) & 1
+    else:
+        patterns = torch.randint(0, 2, (permutations, n), generator=torch.Generator().manual_seed(seed))
+    signs = 1.0 - 2.0 * patterns.double()
+    found = []
+    for part in torch.split(values, max(1, _AT_ONCE // len(signs))):
+        observed = part.sum(dim=1).abs()
+        # Sums in another order differ in the last bits, and would not count as equal.
+        least = observed - 1e-12 * part.abs().sum(dim=1)
+        further = ((part @ signs.T).abs() >= least[:, None]).sum(dim=1).double()
+        share = further / len(signs) if exact else (further + 1) / (len(signs) + 1)
+        found.append(share.where(observed.isfinite(), torch.nan))
+    return torch.cat(found)
+
+
+def _holm(p: Tensor) -> Tensor:
+    """Family-wise error: max over smaller ones of (m - rank + 1) p."""
+    m = len(p)
+    order = p.argsort()
+    scaled = (p[order] * torch.arange(m, 0, -1)).cummax(dim=0).values
+    return torch.empty_like(p).scatter_(0, order, scaled.clamp(max=1))
+
+
+def _benjamini_hochberg(p: Tensor) -> Tensor:
+    """False discovery rate: min over larger ones of p m / rank."""
+    m = len(p)
+    order = p.argsort(descending=True)
+    scaled = (p[order] * m / torch.arange(m, 0, -1)).cummin(dim=0).values
+    return torch.empty_like(p).scatter_(0, order, scaled.clamp(max=1))
+
+
+CORRECTIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({"holm": _holm, "bh": _benjamini_hochberg})
+
+
+def adjusted(p_values: Tensor, correction: str) -> Tensor:
+    """P-values ``[cell]`` corrected for the number of cells.
+
+    ``"holm"`` keeps down the chance of any false positive, ``"bh"`` (Benjamini-Hochberg) the share of them.
+    Cells without a p-value (nan) are no tests.
+    """
+    if correction not in CORRECTIONS:
+        raise EditError(f"there is no correction {correction!r}. {did_you_mean(correction, CORRECTIONS)}")
+    found, tested = p_values.clone(), ~p_values.isnan()
+    found[tested] = CORRECTIONS[correction](p_values[tested])
+    return found
