@@ -87,10 +87,10 @@ class HookRegistry:
         The model to act on.
     positions
         Named positions, a name to ``[batch]`` positions (``task.positions``), for selectors such as ``"L5.H1.z[S2]"``.
-    lengths
-        ``[batch]`` real tokens of each prompt, where they are padded on the right: ``[-1]`` is then the last real one.
     partial
         Modules of the model are called alone inside the ``with`` block, each once, and not the model itself.
+    lengths
+        ``[batch]`` real tokens of each prompt, where they are padded on the right: ``[-1]`` is then the last real one.
 
     Raises
     ------

@@ -272,7 +272,7 @@ def _put(recording: Recording, value: Tensor, site: Site, new: Tensor) -> None:
     if site.head is not None:
         index[axes.index(site.kind.head_axis or "")] = site.head
     if site.neuron is not None:
-        index[-1] = site.neuron
+        index[site.kind.neuron_axis or -1] = site.neuron
     if site.pos is not None and not isinstance(site.pos, str) and site.pos % length < recording.start:
         return
     if isinstance(site.pos, str):

@@ -1,12 +1,13 @@
-"""Positions from the end, where every prompt has an end of its own."""
+"""Positions that are another number in each prompt: from the end, where every prompt has an end of its own, and of tokens."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from mechinterp.core.model import Model
-from mechinterp.core.select import Selection, select
+from mechinterp.core.select import Selection, is_token_text, select
 from mechinterp.core.sites import Site
+from mechinterp.core.tokens import token_positions
 from mechinterp.errors import SelectorError
 from mechinterp.tasks import Task
 
@@ -14,7 +15,10 @@ __all__ = ["own_ends"]
 
 
 def own_ends(model: Model, at: str | Site | Selection, task: Task) -> tuple[str | Site | Selection, Task]:
-    """The same sites; where prompts differ in length, ``[-1]`` is the named position ``last`` of the task, ``[-2]`` ``last-1``.
+    """The same sites; positions that differ from prompt to prompt are named positions of the task.
+
+    Where prompts differ in length, ``[-1]`` is ``last`` and ``[-2]`` ``last-1``. The text of a token is where it stands in the
+    clean prompts.
 
     Raises
     ------
@@ -23,6 +27,10 @@ def own_ends(model: Model, at: str | Site | Selection, task: Task) -> tuple[str 
     """
     lengths = task.lengths
     sites = select(at, model.cfg).sites
+    texts = dict.fromkeys(site.pos for site in sites if isinstance(site.pos, str) and is_token_text(site.pos))
+    if texts:
+        found = token_positions(model, task.clean, task.positions)
+        task = replace(task, positions={**task.positions, **{text: found[text] for text in texts}})
     numbers = sorted({site.pos for site in sites if isinstance(site.pos, int)})
     if not numbers or int(lengths.min()) == task.clean.shape[1]:
         return at, task
