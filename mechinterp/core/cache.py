@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -142,14 +142,16 @@ class Cache(Mapping[Site, Tensor]):
 
     def describe(self) -> dict[str, Any]:
         """Format, model, sites, positions and lengths, as plain data."""
+        # Positions by the text of a token are looked up when asked for, and there will be no tokens to look at.
+        names = dict.fromkeys([*self.positions, *(site.pos for site in self.selection if isinstance(site.pos, str))])
         return {
             "format": _FORMAT,
             "version": _VERSION,
             "model": self.model.name,
-            "cfg": asdict(self.model.cfg),
+            "cfg": _shape(self.model),
             "selection": [str(site) for site in self.selection],
             "whole": [str(site) for site in self.whole],
-            "positions": {name: where.tolist() for name, where in self.positions.items()},
+            "positions": {name: self.positions[name].tolist() for name in names},
             "lengths": None if self.lengths is None else self.lengths.tolist(),
         }
 
@@ -180,7 +182,7 @@ class Cache(Mapping[Site, Tensor]):
             raise FileFormatError(f"{source} holds no cache of activations: it does not say that it is one")
         if note.get("version") != _VERSION:
             raise FileFormatError(f"{source} has version {note.get('version')} of the format, not {_VERSION}; capture anew")
-        cfg = asdict(model.cfg)
+        cfg = _shape(model)
         other = sorted(key for key, value in note["cfg"].items() if cfg.get(key) != value)
         if other:
             had, have = ({key: each.get(key) for key in other} for each in (note["cfg"], cfg))
@@ -226,3 +228,9 @@ class Cache(Mapping[Site, Tensor]):
         more = f"<p>... {len(self.whole) - 40} more</p>" if len(self.whole) > 40 else ""
         head = f"<b>Cache</b>: {self._size()}"
         return f"{head}<table><tr><th>site</th><th>axes</th><th>shape</th></tr>{body}</table>{more}"
+
+
+def _shape(model: Model) -> dict[str, Any]:
+    """What a model must have in common with the one that a cache is of, as JSON gives it back."""
+    shape = {key: value for key, value in model.describe().items() if key not in ("name", "device", "dtype")}
+    return json.loads(json.dumps(shape))

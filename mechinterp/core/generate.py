@@ -159,6 +159,8 @@ def generate(
             f"temperature={temperature} and seed={seed} do not go together: 0 takes the likeliest token and draws nothing; "
             "above 0 tokens are drawn, which takes a seed"
         )
+    if not model.cfg.d_vocab:
+        raise ModelError(f"{model.name} is a plain module, which generates no text; mi.run and mi.HookRegistry work on it")
     if active_registries():
         raise EditError("a HookRegistry is attached, whose edits mean whole prompts; pass them to generate as edits=")
     given = batch_of(model, prompts, mask)
@@ -173,7 +175,8 @@ def generate(
     scoped = tuple((edit, scope) if isinstance(edit, Edit) else edit for edit in edits)
     selection = Selection(()) if capture is None else select(capture, model.cfg)
     kept: dict[Site, Tensor] = {}
-    registry = HookRegistry(model, given.positions)
+    named = given.named(model)
+    registry = HookRegistry(model, named)
     for edit, own in scoped:
         registry.add(edit, scope=own)
         for site in select(edit.at, model.cfg):
@@ -218,7 +221,7 @@ def generate(
     tokens = tokens.masked_fill(filled, ends[0] if ends else 0)
     whole = {site: loop.from_first(_joined(parts, site), site) for site in kept}
     read = total - 1
-    cache = Cache(model, selection, whole, given.positions, None if bool((read == loop.read).all()) else read)
+    cache = Cache(model, selection, whole, named, None if bool((read == loop.read).all()) else read)
     new = [row[length:stop_at] for row, length, stop_at in zip(tokens.tolist(), lengths, total.tolist(), strict=True)]
     return Generation(
         tokens,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.core.model import Model
+from mechinterp.core.tokens import TokenPositions
 from mechinterp.errors import ModelError, TaskError
 
 __all__ = ["Batch", "Prompts", "Runnable", "batch_of", "tokens_of"]
@@ -46,6 +47,10 @@ class Batch:
     tokens: Tensor
     positions: Mapping[str, Tensor]
     lengths: Tensor | None
+
+    def named(self, model: Model) -> TokenPositions:
+        """The named positions, and those of tokens by their text."""
+        return TokenPositions(model, self.tokens, self.positions, self.lengths)
 
     def __getitem__(self, rows: slice) -> Batch:
         lengths = None if self.lengths is None else self.lengths[rows]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechinterp.core.arguments import check_model
 from mechinterp.core.cache import Cache
-from mechinterp.core.edits import Edit, Project
+from mechinterp.core.edits import Edit, Mean, Project
 from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.memory import bytes_of, free_bytes
 from mechinterp.core.model import Model
@@ -20,7 +20,6 @@ from mechinterp.core.prompts import Batch, Prompts, Runnable, batch_of, tokens_o
 from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
 from mechinterp.core.store import Store
-from mechinterp.core.tokens import token_positions
 from mechinterp.errors import EditError, SelectorError, SiteError
 
 __all__ = ["Cache", "Prompts", "Run", "run", "tokens_of"]
@@ -166,13 +165,12 @@ def run(
         if isinstance(kept, Store):
             kept.discard()
         raise
-    positions = token_positions(model, given.tokens, given.positions)
     if isinstance(kept, Store):
-        cache = Cache(model, selection, dict(kept), positions, given.lengths, kept.files, kept)
+        cache = Cache(model, selection, dict(kept), given.named(model), given.lengths, kept.files, kept)
         if kept.folder is not None:
             cache.write_index(kept.folder)
     else:
-        cache = Cache(model, selection, kept, positions, given.lengths)
+        cache = Cache(model, selection, kept, given.named(model), given.lengths)
     return Run(answer, cache, given.tokens, edits, given.lengths)
 
 
@@ -196,7 +194,7 @@ def _run(
         part = given[first : first + batch] if batch < rows else given
         if isinstance(kept, Store):
             kept.first = first
-        registry = HookRegistry(model, token_positions(model, part.tokens, part.positions), part.lengths)
+        registry = HookRegistry(model, part.named(model), part.lengths)
         for edit in edits:
             registry.add(edit)
         registry.capture(selection, kept, grad=grad)
@@ -206,7 +204,8 @@ def _run(
                     answers.append(_answer(model, part, keep).to(device))
             else:
                 with registry.stopping_early():
-                    model(part.tokens, keep=(0,))
+                    # One position, where there is something to unembed at all.
+                    model(part.tokens, keep=(0,) if model.cfg.d_vocab else None)
     return None if not logits else answers[0] if len(answers) == 1 else torch.cat(answers)
 
 
@@ -254,9 +253,10 @@ def _means_rows(edit: Edit) -> bool:
     """Whether an edit may do something else where rows run apart: a vector for all rows does not."""
     if edit.rows is not None or any(hasattr(edit, name) for name in ("seed", "pairs")):
         return True
+    if isinstance(edit, Mean | Project):
+        return False
     held = [getattr(edit, each.name) for each in fields(edit) if each.name != "at"]
-    shaped = not isinstance(edit, Project) and any(isinstance(each, Tensor) and each.ndim > 1 for each in held)
-    return shaped or any(isinstance(each, Mapping) for each in held)
+    return any(isinstance(each, Mapping) or (isinstance(each, Tensor) and each.ndim > 1) for each in held)
 
 
 def _answer(model: Model, part: Batch, keep: tuple[int, ...] | None) -> Tensor:

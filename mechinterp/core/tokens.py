@@ -21,8 +21,8 @@ _TEXT = re.compile(r"""(?P<quote>['"])(?P<text>.+)(?P=quote)(?:\#(?P<nth>-?\d+))
 class TokenPositions(Mapping[str, Tensor]):
     """Named positions ``[batch]`` of these prompts, and as many more as there are token texts; see `token_positions`."""
 
-    def __init__(self, model: Model, tokens: Tensor, named: Mapping[str, Tensor]) -> None:
-        self.model, self.ids, self.named = model, tokens, named
+    def __init__(self, model: Model, tokens: Tensor, named: Mapping[str, Tensor], lengths: Tensor | None = None) -> None:
+        self.model, self.ids, self.named, self.lengths = model, tokens, named, lengths
         self._found: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -53,6 +53,9 @@ class TokenPositions(Mapping[str, Tensor]):
             )
         ids = [each for each in set(self.ids.flatten().tolist()) if _is(tokenizer.decode([each]), text)]
         there = torch.isin(self.ids, torch.tensor(ids, dtype=self.ids.dtype, device=self.ids.device))
+        if self.lengths is not None:
+            # Padding repeats tokens, and is no place.
+            there &= torch.arange(self.ids.shape[1], device=there.device) < self.lengths.to(there.device)[:, None]
         counts = there.sum(dim=1)
         nth = None if match["nth"] is None else int(match["nth"])
         least = 1 if nth is None else (nth + 1 if nth >= 0 else -nth)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import mechinterp as mi
 from mechinterp.core.store import mapped_file
-from mechinterp.errors import EditError, FileFormatError, SelectorError, SiteError
+from mechinterp.errors import EditError, FileFormatError, ModelError, SelectorError, SiteError
 
 CAPTURE = "embed | L*.resid_post | L0.H1.z | L1.pattern"
 
@@ -183,6 +183,40 @@ def test_save_and_load(gpt2: Any, tokens: Tensor, tmp_path: Path, name: str) -> 
     assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
 
 
+def test_plain_modules(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    model = mi.load(net, sites={"hidden": ("1", ("batch", "neuron"))}, example=torch.ones(3, 4), name="net")
+    inputs = torch.randn(5, 4)
+    whole = mi.run(model, inputs, capture="hidden")
+    same(mi.run(model, inputs, capture="hidden", logits=False), whole)
+    found = mi.run(model, inputs, capture="hidden", batch=2, store=tmp_path / "hidden")
+    torch.testing.assert_close(found.logits, whole.logits)
+    torch.testing.assert_close(mi.Cache.load(tmp_path / "hidden", model)["N3.hidden"], whole["N3.hidden"])
+    refuse(
+        ModelError,
+        "net is a plain module, which generates no text; mi.run and mi.HookRegistry work on it",
+        lambda: mi.generate(model, [[1]], max_new_tokens=1),
+    )
+
+
+def test_positions_by_text_are_kept(smollm2: Any, tmp_path: Path) -> None:
+    """In prompts of unequal length, in parts, while generating, and after reading them from a file."""
+    texts = ["When Mary and John went out", "Today Mary sang"]
+    found = mi.run(smollm2, texts, capture="L0.resid_post['Mary']", logits=False)
+    site = next(iter(found.cache))
+    for row, pos in enumerate([2, 2]):
+        assert torch.equal(found[site][row], found["L0.resid_post"][row, pos])
+    assert torch.equal(mi.Cache.load(found.cache.save(tmp_path / "mary"), smollm2)[site], found[site])
+    parts = mi.run(smollm2, texts, capture=site, batch=1, keep=[-1], edits=[mi.Zero("L0.resid_post['Mary']")])
+    assert float(parts[site].abs().max()) == 0
+    # The last token of the shorter prompt fills its row, and is there once all the same.
+    zero = mi.Zero("L0.resid_post['Mary']")
+    last = mi.run(smollm2, ["Today Mary", "Mary went out and sang"], edits=[zero], capture="L0.resid_post")
+    assert float(last["L0.resid_post['Mary']"].abs().max()) == 0
+    made = mi.generate(smollm2, texts, max_new_tokens=2, edits=[mi.Zero("L0.resid_post['Mary']")], capture="L0.resid_post")
+    assert float(made["L0.resid_post[2]"].abs().max()) == 0
+
+
 def test_dtypes(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -288,6 +322,11 @@ def test_files_that_are_refused(gpt2: Any, llama: Any, tokens: Tensor, tmp_path:
         ),
         ({"batch": 0}, SelectorError, "batch=0: give the number of prompts that run at a time, 1 or more"),
         (
+            {"batch": 2, "edits": [mi.Noise("L0.z", 0.1, seed=0)]},
+            EditError,
+            "Noise('L0.z', sigma=0.1, seed=0) is about certain rows of all prompts, and with batch=2 only so many run at a time",
+        ),
+        (
             {"batch": 2, "edits": [mi.Zero("L0.z", rows=(0, 1))]},
             EditError,
             "Zero('L0.z', rows=(0, 1)) is about certain rows of all prompts, and with batch=2 only so many run at a time",
@@ -314,5 +353,6 @@ def test_options_that_exclude_each_other(
 
 def test_edits_for_all_rows_go_with_parts(gpt2: Any, tokens: Tensor) -> None:
     edits = [mi.Add("L0.mlp_out", torch.ones(32)), mi.Project("L1.resid_pre", torch.eye(32)[:2]), mi.Zero("L0.H1.z[-1]")]
+    edits.append(mi.Mean("L1.mlp_out", torch.randn(7, 32)))
     one, other = (mi.run(gpt2, tokens, edits=edits, batch=batch).logits for batch in (1, None))
     torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)

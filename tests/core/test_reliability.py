@@ -120,7 +120,8 @@ def test_nothing_is_left(model: Any, task: Any, untouched: Any, name: str) -> No
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+# Of other errors the audit takes some for a site that is refused.
+@pytest.mark.parametrize("error", [OverflowError("mine"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
 def test_nothing_is_left_by_an_interruption(model: Any, task: Any, untouched: Any, name: str, error: BaseException) -> None:
     """At the start, in the middle and at the end of everything that the call makes the model do."""
     # What is checked once on each model belongs to nobody's call.
@@ -161,7 +162,9 @@ def test_hooks_of_the_caller_survive_and_fire(model: Any, task: Any, untouched: 
         with untouched(model):
             CALLS[name](model, task, None)
         # Whole forward passes, and no other.
-        assert fired.count("before") == fired.count("inside") == fired.count("after") > 0
+        assert fired.count("before") == fired.count("after") > 0
+        # The audit calls parts of blocks by themselves as well.
+        assert fired.count("inside") == fired.count("before") or (name == "audit" and "inside" in fired)
         assert ("backwards" in fired) == name.startswith(("attribute", "discover", "describe"))
         with interrupted(model, 1, KeyboardInterrupt()), untouched(model), pytest.raises(KeyboardInterrupt):
             CALLS[name](model, task, None)
