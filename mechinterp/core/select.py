@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
+from mechinterp.core.names import refuse_hook_name
 from mechinterp.core.sites import KINDS, Site, SiteKind
 from mechinterp.errors import SelectorError, SiteError, did_you_mean
 
@@ -183,6 +184,8 @@ def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized | 
     if isinstance(pattern, Site):
         return Selection((_checked(pattern, cfg),))
     if isinstance(pattern, str):
+        for term in pattern.split("|"):
+            refuse_hook_name(term)
         return _parse(pattern, _Words.of(cfg))
     found = Selection(())
     for part in pattern:
