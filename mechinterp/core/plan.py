@@ -13,17 +13,18 @@ from torch import Tensor
 
 from mechinterp.core.edits import Replace
 from mechinterp.core.hooks import HookRegistry
+from mechinterp.core.memory import bytes_of, free_bytes
 from mechinterp.core.model import Model
 from mechinterp.core.replay import Entry, kind_of_entry, record, replay, why_not_exact
 from mechinterp.core.sites import Site
 
-__all__ = ["BUDGET", "Cell", "Plan", "answer_logits", "halving", "plan_cells", "progress_bar", "rows_per_forward", "sweep"]
+__all__ = ["Cell", "Plan", "answer_logits", "budget_of", "halving", "plan_cells", "progress_bar", "rows_per_forward", "sweep"]
 
 # One counterfactual run: the activations to put in, ``[batch ...]`` for each site.
 Cell = Sequence[tuple[Site, Tensor]]
 
 # More rows than this in one pass make matrix products no faster on a CPU, and their memory has to be paged in.
-BUDGET = 1 << 27
+_ON_CPU = 1 << 27
 
 
 def progress_bar(total: int, label: str, *, show: bool) -> Any:
@@ -33,6 +34,17 @@ def progress_bar(total: int, label: str, *, show: bool) -> Any:
     return tqdm(total=total, desc=label, disable=not show, leave=False)
 
 
+def budget_of(model: Model, memory: int | str | None, *, at_most: int | None = None) -> int:
+    """How many bytes activations may take: as given (``"2 GiB"``), or by default a quarter of what is free on the device.
+
+    On a CPU no more than ``at_most``, by default what one packed pass makes good use of.
+    """
+    if memory is not None:
+        return bytes_of(memory)
+    free = free_bytes(model.device) // 4
+    return min(free, at_most or _ON_CPU) if model.device.type == "cpu" else free
+
+
 def row_bytes(model: Model, length: int, attended: int | None = None, columns: int | None = None) -> int:
     """About how many bytes one prompt takes in a forward pass of ``length`` positions that gives ``columns`` logits."""
     cfg = model.cfg
@@ -40,7 +52,7 @@ def row_bytes(model: Model, length: int, attended: int | None = None, columns: i
     return model.dtype.itemsize * (length * per_token + 2 * (columns or cfg.d_vocab))
 
 
-def rows_per_forward(model: Model, length: int, *, memory: int = BUDGET) -> int:
+def rows_per_forward(model: Model, length: int, *, memory: int = _ON_CPU) -> int:
     """How many prompts of this length one forward pass may hold within ``memory`` bytes of activations."""
     return max(1, memory // row_bytes(model, length))
 
@@ -127,7 +139,7 @@ def plan_cells(
     start: int,
     read: Tensor,
     vocabulary: Tensor | None = None,
-    memory: int = BUDGET,
+    memory: int | str | None = None,
 ) -> Plan:
     """How will these counterfactual runs be computed, and at what cost?
 
@@ -144,8 +156,9 @@ def plan_cells(
     vocabulary
         The tokens whose logits are wanted; all by default.
     memory
-        Bytes of activations that one pass may hold.
+        As in `budget_of`: what the activations of one pass may take.
     """
+    memory = budget_of(model, memory)
     reason = why_not_exact(model)
     columns = model.cfg.d_vocab if vocabulary is None else len(vocabulary)
     grouped: dict[int | None, list[int]] = {}
@@ -294,8 +307,8 @@ def halving(members: Sequence[int], run: Callable[[Sequence[int]], Tensor]) -> I
             yield now, result
             continue
         # Outside the handler: the traceback of the failed pass keeps its tensors alive.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         waiting += [now[len(now) // 2 :], now[: len(now) // 2]]
 
 

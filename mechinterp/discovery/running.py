@@ -13,7 +13,7 @@ from mechinterp.core.ablation import Ablation, as_ablation
 from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.model import Model
-from mechinterp.core.plan import answer_logits, progress_bar, rows_per_forward
+from mechinterp.core.plan import answer_logits, budget_of, progress_bar, rows_per_forward
 from mechinterp.core.run import Cache
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
@@ -25,8 +25,6 @@ from mechinterp.patching.readers import Layout, ReaderGroup, layout_of
 from mechinterp.tasks import Task
 
 __all__ = ["CircuitRuns", "run_circuits"]
-
-_BUDGET = 2 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +74,7 @@ def run_circuits(
     *,
     ablation: Ablation | str = "resample",
     metric: MetricLike = None,
-    memory: int = _BUDGET,
+    memory: int | str | None = None,
     progress: bool = False,
 ) -> CircuitRuns:
     """What is left of the behaviour when everything outside each circuit is ablated?
@@ -149,7 +147,8 @@ def run_circuits(
     length = task.clean.shape[1]
     differing = max(1, length - int(task.first_difference.min())) if paired else length
     per_row = 4 * differing * model.cfg.d_model * (len(layout.writers) + 3 * len(layout.groups[0].readers) + 8)
-    fit = max(1, min(memory // per_row, rows_per_forward(model, length)))
+    room = budget_of(model, memory, at_most=2 << 30)
+    fit = max(1, min(room // per_row, rows_per_forward(model, length, memory=room)))
     rows = min(fit, len(task))
     at_once = max(1, fit // rows)
     found: list[list[Tensor]] = []

@@ -13,7 +13,7 @@ from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.edits import Edit
 from mechinterp.core.effects import Effects, Label
 from mechinterp.core.model import Model
-from mechinterp.core.plan import BUDGET, Plan, plan_cells, sweep
+from mechinterp.core.plan import Plan, plan_cells, sweep
 from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
 from mechinterp.errors import SelectorError, did_you_mean
@@ -122,7 +122,7 @@ def plan(
     window: int = 1,
     corruption: Edit | Sequence[Edit] = (),
     metric: MetricLike = None,
-    memory: int = BUDGET,
+    memory: int | str | None = None,
 ) -> Plan:
     """What would this sweep cost, before anything runs?
 
@@ -155,7 +155,9 @@ def plan(
     return _plan(model, task, grid.cells, start, vocabulary, memory)
 
 
-def _plan(model: Model, task: Task, cells: Sequence[Sequence[Site]], start: int, vocabulary: Tensor | None, memory: int) -> Plan:
+def _plan(
+    model: Model, task: Task, cells: Sequence[Sequence[Site]], start: int, vocabulary: Tensor | None, memory: int | str | None
+) -> Plan:
     batch, length = task.clean.shape
     return plan_cells(model, batch, length, cells, start=start, read=task.answer_pos, vocabulary=vocabulary, memory=memory)
 
@@ -175,7 +177,7 @@ def patch(
     metric: MetricLike = None,
     direction: Direction = "denoise",
     normalize: bool = True,
-    memory: int = BUDGET,
+    memory: int | str | None = None,
     progress: bool = False,
 ) -> Effects:
     """Which activations carry the difference between the clean and the corrupt prompts?
@@ -205,7 +207,8 @@ def patch(
     normalize
         0 is the receiving run, 1 the other run. ``False`` gives the metric's own unit.
     memory
-        Bytes of activations that one packed pass may hold; where they run out it is halved and repeated.
+        What the activations of one packed pass may take, such as ``"2 GiB"`` (default: by what is free); where memory
+        runs out all the same, the pass is halved and repeated.
     progress
         Show a progress bar.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.effects import Effects, Label
 from mechinterp.core.model import Model
-from mechinterp.core.plan import progress_bar, rows_per_forward
+from mechinterp.core.plan import budget_of, progress_bar, rows_per_forward
 from mechinterp.core.run import Cache
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
@@ -27,8 +27,6 @@ from mechinterp.tasks import Task
 
 __all__ = ["attribute"]
 
-_BUDGET = 2 << 30
-
 
 def attribute(
     model: Model,
@@ -41,7 +39,7 @@ def attribute(
     metric: MetricLike = None,
     direction: Direction = "noise",
     normalize: bool = True,
-    memory: int = _BUDGET,
+    memory: int | str | None = None,
     progress: bool = False,
 ) -> Effects:
     """About how much would patching each node, site or edge change the metric?
@@ -109,7 +107,7 @@ def attribute(
         scorer = _Edges(model)
     else:
         scorer = _Sites(model, _nodes(model) if at is None else grid_of(model, at, task.clean.shape[1], over))
-    parts = _parts(model, task, scorer.bytes_per_token, memory)
+    parts = _parts(model, task, scorer.bytes_per_token, budget_of(model, memory, at_most=2 << 30))
     scores, clean, corrupt = [], [], []
     with progress_bar(len(parts) * (2 + 2 * len(points)), f"attribute {unit}s", show=progress) as bar:
         for part in parts:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mechinterp.core.effects import Effects, Label
 from mechinterp.core.model import Model
-from mechinterp.core.plan import BUDGET, Cell, Plan, plan_cells, progress_bar, sweep
+from mechinterp.core.plan import Cell, Plan, plan_cells, progress_bar, sweep
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
 from mechinterp.errors import FileFormatError, GraphError, SelectorError
@@ -44,7 +44,7 @@ def edge_effects(
     metric: MetricLike = None,
     direction: Direction = "noise",
     normalize: bool = True,
-    memory: int = BUDGET,
+    memory: int | str | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Effects:
@@ -150,7 +150,7 @@ def plan_edges(
     *,
     over: Sequence[Literal["pos"]] = (),
     metric: MetricLike = None,
-    memory: int = BUDGET,
+    memory: int | str | None = None,
 ) -> Plan:
     """What would these exact edge effects cost, before anything runs? Parameters as in `edge_effects`.
 
@@ -293,7 +293,9 @@ class _Chosen(Sequence[Cell]):
         return self.cells[self.members[i]]
 
 
-def _measured(runs: Comparison, cells: _EdgeCells, members: Sequence[int], memory: int) -> Iterator[tuple[list[int], Tensor]]:
+def _measured(
+    runs: Comparison, cells: _EdgeCells, members: Sequence[int], memory: int | str | None
+) -> Iterator[tuple[list[int], Tensor]]:
     """The change of the metric ``[cell batch]`` of some cells at a time."""
     received = runs.received()
     batch, length = runs.task.clean.shape

@@ -15,7 +15,7 @@ from mechinterp.core.edits import Replace
 from mechinterp.core.effects import Effects, Label
 from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.model import Model
-from mechinterp.core.plan import BUDGET, answer_logits, halving, plan_cells, rows_per_forward, sweep
+from mechinterp.core.plan import answer_logits, budget_of, halving, plan_cells, rows_per_forward, sweep
 from mechinterp.core.run import Cache
 from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
@@ -46,7 +46,7 @@ def patch_paths(
     metric: MetricLike = None,
     direction: Direction = "noise",
     normalize: bool = True,
-    memory: int = BUDGET,
+    memory: int | str | None = None,
     progress: bool = False,
 ) -> Effects:
     """What travels from these senders to these receivers, directly or through the nodes that are named?
@@ -105,7 +105,7 @@ def patch_paths(
     for axis in over:
         if axis not in ("sender", "receiver"):
             raise SelectorError(f"cannot sweep paths over {axis!r}. {did_you_mean(axis, ('sender', 'receiver'))}")
-    layout = layout_of(model)
+    layout, bytes_at_once = layout_of(model), budget_of(model, memory)
     free = _nodes(layout, through)
     sent = _senders(model, layout, senders)
     hops = [_receivers(model, layout, ports) for ports in via]
@@ -118,14 +118,14 @@ def patch_paths(
     runs = compare_runs(model, task, _wanted(layout, sent), metric=metric, direction=direction)
     groups: list[Values] = [[(site, runs.other[site]) for site in group] for group in _grouped(sent, "sender" in over)]
     for hop in hops:
-        groups = _answers(runs, layout, _listen(runs, layout, groups, free, hop, memory), hop, memory)
+        groups = _answers(runs, layout, _listen(runs, layout, groups, free, hop, bytes_at_once), hop, bytes_at_once)
     received, unit = runs.received(), runs.unit(normalize)
     targets = _grouped(read, "receiver" in over)
     if read[0].name == "logits":
-        flat = _listen_logits(runs, layout, groups, free, memory) - received
+        flat = _listen_logits(runs, layout, groups, free, bytes_at_once) - received
     else:
-        heard = _listen(runs, layout, groups, free, read, memory)
-        flat = _patched(runs, heard, targets, memory, progress) - received
+        heard = _listen(runs, layout, groups, free, read, bytes_at_once)
+        flat = _patched(runs, heard, targets, bytes_at_once, progress) - received
     labels = {"sender": [_label(group) for group in _grouped(sent, True)], "receiver": [_label(group) for group in targets]}
     axes = tuple(axis for axis in ("sender", "receiver") if axis in over) or ("path",)
     hops_said = "".join(f" -> {ports}" for ports in via)

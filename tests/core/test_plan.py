@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mechinterp as mi
-from mechinterp.core.plan import Cell, answer_logits, halving, plan_cells, rows_per_forward, sweep
+from mechinterp.core.plan import Cell, answer_logits, budget_of, halving, plan_cells, rows_per_forward, sweep
 from mechinterp.core.replay import ENTRIES
 from mechinterp.core.sites import Site
 
@@ -284,9 +284,17 @@ def test_the_cost_of_replays_is_what_torch_counts(
 
 def test_rows(llama: Any) -> None:
     assert rows_per_forward(llama, 7, memory=1) == 1
-    one = rows_per_forward(llama, 7)
+    one = rows_per_forward(llama, 7, memory=1 << 27)
     assert rows_per_forward(llama, 7, memory=2 << 27) == pytest.approx(2 * one, abs=1)
-    assert rows_per_forward(llama, 14) < one / 2 + 1
+    assert rows_per_forward(llama, 14, memory=1 << 27) < one / 2 + 1
+
+
+def test_memory_as_people_write_it(gpt2: Any) -> None:
+    assert budget_of(gpt2, "1 MiB") == 1 << 20
+    assert budget_of(gpt2, 5000) == 5000
+    assert 0 < budget_of(gpt2, None) <= 1 << 27 <= budget_of(gpt2, None, at_most=1 << 30)
+    with pytest.raises(mi.MechInterpError, match="cannot read 'much' as an amount of memory"):
+        budget_of(gpt2, "much")
 
 
 def test_repr(gpt2: Any, tokens: Tensor) -> None:
