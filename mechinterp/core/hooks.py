@@ -418,7 +418,11 @@ def foreign_hooks(model: Model) -> int:
 def _is_house(hook: Callable[..., Any]) -> bool:
     """transformer_lens and transformers leave some hooks of their own; ours may be there for another thread."""
     name = getattr(hook, "__qualname__", "")
-    return name.startswith(("BlockBridge.", "HookRegistry.", "block_calls.", "install_output_capuring_hook"))
+    if name.startswith(("BlockBridge.", "HookRegistry.", "block_calls.", "install_output_capuring_hook")):
+        return True
+    # On OPT transformer_lens keeps tensors with hooks that it attaches as its users would.
+    inner = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
+    return any(callable(each) and str(getattr(each, "__module__", "")).startswith("transformer_lens.") for each in inner)
 
 
 def _check_written(old: Tensor, new: Any, label: str) -> None:

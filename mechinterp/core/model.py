@@ -82,6 +82,8 @@ class Model:
     _audit: Any = field(default=None, repr=False)
     # Why runs cannot start in the middle of this model ("" where they can); see `mechinterp.core.replay`.
     replay_checked: str | None = field(default=None, repr=False)
+    # Whether such runs may also leave out the positions before the first change.
+    replay_prefix: bool = field(default=False, repr=False)
 
     @property
     def hf(self) -> Any:

@@ -169,7 +169,7 @@ def plan_cells(
             unchanged += 1
         else:
             replays = not reason and all(site.kind.per_layer for site in cell)
-            grouped.setdefault(first if replays else None, []).append(i)
+            grouped.setdefault((first if model.replay_prefix else 0) if replays else None, []).append(i)
     batches: list[_Batch] = []
     flops, rows, peak = 0.0, 0, 0
     if grouped.keys() - {None}:

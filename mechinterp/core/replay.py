@@ -36,7 +36,6 @@ ENTRIES = {
     "resid_mid": "tail",
     "z": "tail",
     "mlp_in": "tail",
-    "mlp_pre": "tail",
     "mlp_post": "tail",
     "mlp_out": "skip",
     "resid_post": "skip",
@@ -147,8 +146,6 @@ def record(
         elif ENTRIES.get(site.name) == "skip":
             names += ["resid_post", "mlp_out"]
         needed |= {Site(name, site.layer) for name in names}
-    # The hook of neurons needs no recording, and those before the non-linearity are many.
-    needed = {site for site in needed if site.name != "mlp_pre"}
     kept: dict[Site, Tensor] = {}
     registry = HookRegistry(model, positions or {})
     for site, value in base:
@@ -221,7 +218,9 @@ def _run_block(recording: Recording, layer: int, hidden: Tensor, entries: Sequen
     copies = len(entries)
     for name, value in call.items():
         # What is given per prompt is repeated for every copy of the prompts.
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch > 1:
+        per_prompt = isinstance(value, Tensor) and value.ndim and value.shape[0] == batch > 1
+        # Bloom's has a row for each prompt and head.
+        if per_prompt or (name == "alibi" and isinstance(value, Tensor)):
             call[name] = value.repeat(copies, *([1] * (value.ndim - 1)))
         elif isinstance(value, tuple) and value and isinstance(value[0], Tensor) and len(value[0]) == batch > 1:
             call[name] = tuple(part.repeat(copies, *([1] * (part.ndim - 1))) for part in value)
@@ -333,19 +332,7 @@ def _run_tails(recording: Recording, layer: int, entries: Sequence[Entry]) -> Te
         if name in added:
             continue
         mid = rows("resid_pre", group) + rows("attn_out", group) if model.cfg.parallel else rows("resid_mid", group)
-        if name == "mlp_in":
-            adds = model.mlp_adds(layer, changed(name))
-        elif name == "mlp_post":
-            adds = model.neurons_add(layer, changed(name))
-        else:
-            registry = HookRegistry(model, partial=True)
-            batch = len(recording.tokens)
-            listed = [
-                (i * batch, site, new) for i, entry in enumerate(group) for site, new in entry.changes if site.layer == layer
-            ]
-            registry.transform(Site(name, layer), _putting(recording, listed))
-            with registry:
-                adds = model.mlp_adds(layer, rows("resid_pre", group) if model.cfg.parallel else mid)
+        adds = model.mlp_adds(layer, changed(name)) if name == "mlp_in" else model.neurons_add(layer, changed(name))
         give(group, mid + adds)
     return torch.cat([done[id(entry)] for entry in entries])
 
@@ -369,18 +356,20 @@ def why_not_exact(model: Model) -> str:
     if foreign:
         return f"{foreign} hooks of yours are attached, which expect whole forward passes"
     if model.replay_checked is None:
-        model.replay_checked = _check(model)
+        model.replay_prefix = not _check(model, 3)
+        # Some attention (Falcon's) takes no keys and values of earlier positions: there whole prompts are replayed.
+        model.replay_checked = "" if model.replay_prefix else _check(model, 0)
     return model.replay_checked
 
 
-def _check(model: Model) -> str:
+def _check(model: Model, start: int) -> str:
     from mechinterp.core.run import run
 
     generator = torch.Generator().manual_seed(0)
-    length, start, batch = 6, 3, 2
+    length, batch = 6, 2
     tokens = torch.randint(0, min(model.cfg.d_vocab, 1000), (batch, length), generator=generator).to(model.device)
     read = torch.full((batch,), length - 1, device=model.device)
-    names = [name for name in ("resid_pre", "q", "k", "v", "pattern", *ENTRIES) if name in model.sites]
+    names = [name for name in ("resid_pre", "q", "k", "v", "pattern", "mlp_pre", *ENTRIES) if name in model.sites]
     # Every kind of entry, spread over the layers; the last run changes two layers.
     layers = range(model.cfg.n_layers)
     sites = [Site(name, layers[i * len(layers) // len(names)]) for i, name in enumerate(names)]

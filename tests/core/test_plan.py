@@ -74,7 +74,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def patterns_of(model: Any) -> list[str]:
     """Whole activations, single heads and neurons, single and named positions, of both layers."""
     found = []
-    for name in (*ENTRIES, "resid_pre", "q", "k", "v", "pattern", "q_in", "head_out"):
+    for name in (*ENTRIES, "resid_pre", "q", "k", "v", "pattern", "mlp_pre", "q_in", "head_out"):
         if name not in model.sites:
             continue
         part = {"z": "H2.z", "q": "H1.q", "pattern": "H0.pattern", "mlp_post": "N5.mlp_post"}.get(name, name)
