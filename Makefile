@@ -52,8 +52,10 @@ notebooks: $(READY) ## execute the notebooks again, in place
 
 circuits: demo ## make every circuit in circuits/ again
 
-bench: $(READY) ## budgets and timings
+bench: $(READY) ## budgets in operations, and seconds beside transformer_lens (half an hour)
 	$(RUN) -m pytest tests/benchmarks -s $(ARGS)
+	$(RUN) benchmarks/overhead.py --out benchmarks/overhead.json
+	$(RUN) benchmarks/sweeps.py --out benchmarks/sweeps.json
 
 toys: $(READY) ## train the trained toy again (seeded)
 	$(RUN) scripts/train_toy.py

@@ -110,6 +110,7 @@ CASES: dict[str, Callable[[], tuple[mi.Model, mi.Task]]] = {
     "gpt2-small": lambda: (gpt2(12, 768), random_pairs(50257, 15, 0)),
     "gpt2-small-suffix": lambda: (gpt2(12, 768), random_pairs(50257, 15, 10)),
     "tiny": lambda: (gpt2(12, 48), random_pairs(50257, 15, 0)),
+    "tiny-suffix": lambda: (gpt2(12, 48), random_pairs(50257, 17, 12)),
     "smollm2": lambda: (model := mi.load("smollm2"), mi.tasks.ioi(model.tokenizer, n=8, seed=0)),
 }
 

@@ -1,13 +1,17 @@
 """What a registry and captures cost on top of the wrapped model's own forward pass: paired, interleaved, medians of ratios.
 
-``python -m tests.benchmarks.overhead`` prints it; seconds are never a test.
+``make bench`` runs this; seconds are never a test.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -65,13 +69,18 @@ def overhead(*, rounds: int = 60) -> dict[str, float]:
         }
 
 
-def print_overhead(*, rounds: int = 60) -> dict[str, float]:
-    """Measure and print."""
-    found = overhead(rounds=rounds)
-    for name, value in found.items():
-        print(f"{name}: {value:.3f} of the bare forward pass")  # noqa: T201
-    return found
+def main() -> None:
+    """Measure, print, and write down."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    arguments = parser.parse_args()
+    found = {name: round(value, 3) for name, value in overhead(rounds=arguments.rounds).items()}
+    sys.stdout.write("".join(f"{name}: {value} of the bare forward pass\n" for name, value in found.items()))
+    if arguments.out:
+        content = {"command": "python " + " ".join(sys.argv), "threads": torch.get_num_threads(), "results": found}
+        arguments.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    print_overhead()
+    main()
