@@ -47,11 +47,13 @@ if TYPE_CHECKING:
     from mechinterp.core.select import select as select
     from mechinterp.core.sites import Site as Site
     from mechinterp.core.tokens import token_positions as token_positions
+    from mechinterp.discovery.agreement import Agreement as Agreement
     from mechinterp.discovery.describe import HeadStory as HeadStory
     from mechinterp.discovery.describe import describe as describe
     from mechinterp.discovery.discover import discover as discover
     from mechinterp.discovery.evaluate import Report as Report
     from mechinterp.discovery.evaluate import evaluate as evaluate
+    from mechinterp.discovery.measuring import compare_to_exact as compare_to_exact
     from mechinterp.discovery.running import CircuitRuns as CircuitRuns
     from mechinterp.discovery.running import run_circuits as run_circuits
     from mechinterp.errors import MechInterpError as MechInterpError
@@ -101,9 +103,11 @@ _HOMES = {
     "core.select": ("Selection", "select"),
     "core.sites": ("Site",),
     "core.tokens": ("token_positions",),
+    "discovery.agreement": ("Agreement",),
     "discovery.describe": ("HeadStory", "describe"),
     "discovery.discover": ("discover",),
     "discovery.evaluate": ("Report", "evaluate"),
+    "discovery.measuring": ("compare_to_exact",),
     "discovery.running": ("CircuitRuns", "run_circuits"),
     "errors": ("MechInterpError",),
     "graph": ("Circuit", "Diagram", "Edge", "GraphShape", "computation_graph", "draw", "random_edges"),

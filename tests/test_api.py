@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PUBLIC = [
     "Ablation",
     "Add",
+    "Agreement",
     "Audit",
     "Cache",
     "Call",
@@ -55,6 +56,7 @@ PUBLIC = [
     "Zero",
     "attribute",
     "audit",
+    "compare_to_exact",
     "computation_graph",
     "describe",
     "deviation",
