@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -35,8 +36,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## find the IOI circuit of a real model, judge it, draw it (minutes)
 	$(RUN) -m mechinterp discover ioi --model smollm2 --edges 1000 --n 128 --out circuits/ioi-smollm2-135m $(ARGS)
 
+# Tests are many and small: two processes of one thread each finish earlier than one process of two.
 test: $(READY) ## run the whole suite; ARGS="tests/graph -x" runs a part
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(READY) ## lint, format and types; changes nothing
 	$(RUN) -m ruff check .
