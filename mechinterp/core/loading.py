@@ -102,9 +102,24 @@ def wrap(module: nn.Module, *, tokenizer: Any = None, name: str) -> Model:
     cfg = _config(bridge)
     open_attention(bridge)
     model = Model(bridge=bridge, tokenizer=tokenizer, name=name, cfg=cfg)
+    _check_causal(model)
     # Proved now, so that no site is ever used that does not mean what it says.
     _ = model.audit
     return model
+
+
+def _check_causal(model: Model) -> None:
+    """Refuse models in which a position sees what comes after it: padding, replays and prefixes all rest on that."""
+    high = min(model.cfg.d_vocab, 1000)
+    tokens = torch.arange(1, 5, device=model.device).repeat(2, 1) % high
+    tokens[1, -1] = (tokens[1, -1] + high // 2) % high
+    with torch.no_grad():
+        early = model(tokens)[:, :-1].float()
+    if not float((early[0] - early[1]).abs().max()) <= 1e-2 * float(early.std()):
+        raise ModelError(
+            f"{model.name} ({model.cfg.architecture}) is not causal: the logits at a position change with the tokens after it. "
+            "Load a decoder (a causal language model)"
+        )
 
 
 def _config(bridge: Any) -> ModelConfig:

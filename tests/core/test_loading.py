@@ -312,3 +312,14 @@ def test_attention_only_is_seen(module: Any) -> None:
             block.mlp.c_proj.weight.zero_()
             block.mlp.c_proj.bias.zero_()
     assert mi.load(module).cfg.attn_only
+
+
+def test_models_that_see_what_comes_are_refused() -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    bert = BertForMaskedLM(BertConfig(vocab_size=50, initializer_range=0.3, **sizes)).eval()
+    with pytest.raises(
+        ModelError, match=r"^bert \(BertForMaskedLM\) is not causal: .* Load a decoder \(a causal language model\)$"
+    ):
+        mi.load(bert, name="bert")
