@@ -217,7 +217,8 @@ class Agreement:
     def plot(self) -> Figure:
         """Estimate against exact effect, one dot for each edge; on the diagonal they agree. Flagged edges are marked and named.
 
-        Both axes are linear up to a hundredth of the largest value, and logarithmic beyond.
+        Both axes are linear up to about a hundredth of the largest value, and logarithmic beyond. The strongest and the most
+        wrong of all are named too.
         """
         try:
             from matplotlib.figure import Figure as MplFigure
@@ -228,8 +229,9 @@ class Agreement:
         figure = MplFigure(figsize=(5.6, 5.4), layout="constrained")
         axes = figure.add_subplot()
         for setter in (axes.set_xscale, axes.set_yscale):
-            setter("symlog", linthresh=largest / 100)
-        ends = [-1.6 * largest, 1.6 * largest]
+            # A power of ten, or its tick would lie on that of 0.
+            setter("symlog", linthresh=10.0 ** (round(math.log10(largest)) - 2))
+        ends = [-2.5 * largest, 2.5 * largest]
         axes.plot(ends, ends, color="#999999", linewidth=0.8, zorder=0)
         axes.axhline(0, color="#cccccc", linewidth=0.6, zorder=0)
         axes.axvline(0, color="#cccccc", linewidth=0.6, zorder=0)
@@ -241,7 +243,8 @@ class Agreement:
                 style: dict[str, Any] = {"marker": marker, "facecolors": "none", "edgecolors": "#d95f02", "linewidths": 1.3}
                 axes.scatter(exact[members], estimate[members], s=52, label=f"{name} ({len(members)})", **style)
                 named += members[:_SHOWN]
-        named += self.strongest(torch.ones(len(self.edges), dtype=torch.bool))[: _SHOWN // 2]
+        for worst in (self.exact.values.abs(), self.error.abs()):
+            named += worst.argsort(descending=True, stable=True)[: _SHOWN // 2].tolist()
         for turn, i in enumerate(dict.fromkeys(named)):
             # Towards the middle, and above or below in turns: edges of about the same effect lie on top of each other.
             left = float(exact[i]) > 0
