@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
@@ -23,6 +24,10 @@ from mechinterp.tasks import Task
 __all__ = ["Report", "evaluate", "faithfulness"]
 
 
+# Below this an interval over prompts is shown with a warning.
+_FEWEST = 5
+
+
 @dataclass(frozen=True)
 class Report:
     """How good a circuit is, in numbers. Made by `evaluate`.
@@ -32,7 +37,8 @@ class Report:
     everything ablated: under "resample" the corrupt run's, under another ``ablation`` its own.
 
     ``random_faithfulness`` holds one number for each random circuit of equal size; ``random_interval`` is ``None`` where
-    there are none. ``beats_random`` counts those that the circuit is better than, by more than rounding.
+    there are none. ``beats_random`` counts those whose faithfulness the circuit's exceeds, by more than rounding.
+    ``caveats`` are sentences on what these prompts cannot tell.
     """
 
     task: str
@@ -60,6 +66,7 @@ class Report:
     seconds: float
     empty: float
     confidence: float = 0.95
+    caveats: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -78,6 +85,7 @@ class Report:
                 f"  accuracy: model {self.model_accuracy:.3f}, circuit {self.circuit_accuracy:.3f}",
                 f"  {self.edges} edges, {self.connected} connected, of {self.all_edges}; {self.nodes} nodes",
                 f"  {self.forwards} forward passes over the prompts, {self.seconds:.1f} s",
+                *(f"  caution: {caveat}" for caveat in self.caveats),
             ]
         )
 
@@ -207,7 +215,24 @@ def evaluate(
         seconds=round(time.perf_counter() - started, 1),
         empty=float(outs.empty.mean()),
         confidence=confidence,
+        caveats=tuple(_caveats(outs.clean - outs.empty, ratios)),
     )
+
+
+def _caveats(gaps: Tensor, ratios: Tensor) -> Iterator[str]:
+    """What these prompts cannot tell: from each one's difference between the whole model and everything ablated."""
+    n = len(gaps)
+    if n < _FEWEST:
+        yield f"the interval is over {n} prompt{'s' * (n != 1)}, which is too few to mean much"
+    error = float(gaps.float().std()) / n**0.5 if n > 1 else 0.0
+    if abs(float(gaps.mean())) < 2 * error:
+        yield (
+            f"the model and everything ablated differ by {float(gaps.mean()):.3f}, less than twice its standard error "
+            f"({error:.3f}): faithfulness divides by that"
+        )
+    undefined = int((~ratios.isfinite()).sum())
+    if undefined:
+        yield f"the mean of ratios leaves out {undefined} of {n} prompts, on which there is no difference to divide by"
 
 
 def _resampled(n: int, resamples: int, seed: int) -> Tensor:

@@ -84,6 +84,7 @@ def report_markdown(
         f"Faithfulness is {_ratio(report)}, unclamped. Above 1 the circuit lacks parts that work against "
         "the answer; below 1 it lacks parts that work for it.",
         "",
+        *(line for caveat in report.caveats for line in (f"**Caution**: {caveat}.", "")),
         "## How it was found",
         "",
         f"{origin.get('estimator', origin.get('method', ''))} on {found_on}: "

@@ -16,6 +16,7 @@ from mechinterp.discovery import evaluate as module
 from mechinterp.discovery.evaluate import faithfulness
 from mechinterp.discovery.running import CircuitRuns
 from mechinterp.errors import MetricError
+from tests.reference import copy_of
 
 
 @pytest.fixture
@@ -67,6 +68,8 @@ def test_a_prompt_without_a_difference_has_no_ratio(setting: Any, planted: Any) 
     planted([[1.0, 2.0, 7.0, 1.0, 1.0]], [2.0, 2.0, 3.0, 2.0, 2.0], [0.0, 0.0, 3.0, 0.0, 0.0])
     report = mi.evaluate(mi.Circuit.empty(setting.model), setting.model, setting.task, seed=0)
     assert report.mean_of_ratios == pytest.approx((0.5 + 1.0 + 0.5 + 0.5) / 4)
+    assert report.caveats == ("the mean of ratios leaves out 1 of 5 prompts, on which there is no difference to divide by",)
+    assert f"  caution: {report.caveats[0]}" in repr(report)
     # The ratio of means knows that prompt.
     assert report.faithfulness == pytest.approx((12 / 5 - 3 / 5) / (11 / 5 - 3 / 5))
 
@@ -108,6 +111,24 @@ def test_one_prompt_has_no_spread(setting: Any, planted: Any) -> None:
     planted([[1.0]], [2.0], [0.0])
     report = mi.evaluate(mi.Circuit.empty(setting.model), setting.model, setting.task[0], seed=0)
     assert report.faithfulness_interval == (0.5, 0.5)
+    assert report.caveats == ("the interval is over 1 prompt, which is too few to mean much",)
+
+
+def test_a_difference_within_its_own_error_is_said(setting: Any, planted: Any) -> None:
+    planted([[1.0, 2.0, 0.0, 1.0, 1.0]], [2.0, -2.0, 3.0, -2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.5])
+    report = mi.evaluate(mi.Circuit.empty(setting.model), setting.model, setting.task, seed=0)
+    gaps = torch.tensor([2.0, -2.0, 3.0, -2.0, -0.5])
+    error = float(gaps.std()) / 5**0.5
+    assert report.caveats == (
+        f"the model and everything ablated differ by 0.100, less than twice its standard error ({error:.3f}): "
+        "faithfulness divides by that",
+    )
+
+
+def test_float64(setting: Any) -> None:
+    model = copy_of(setting.model, torch.float64)
+    report = mi.evaluate(mi.Circuit.full(model), model, setting.task, seed=0, random_circuits=1)
+    assert report.faithfulness == pytest.approx(1.0, abs=1e-6)
 
 
 # -- with circuits that are run
