@@ -102,7 +102,7 @@ def plan_only(model: mi.Model, task: mi.Task) -> dict[str, Any]:
     }
 
 
-def circuits(model: mi.Model, task: mi.Task, n: int, rounds: int) -> dict[str, Any]:
+def circuits(model: mi.Model, task: mi.Task, n: int, rounds: int, memory: str | None) -> dict[str, Any]:
     """Seconds of one circuit of several sizes, and of many in one call, in units of one forward pass over the same prompts."""
     every, generator = mi.Circuit.full(model).edges, random.Random(0)
     answer = task.answer_pos.unique().tolist()
@@ -118,8 +118,11 @@ def circuits(model: mi.Model, task: mi.Task, n: int, rounds: int) -> dict[str, A
     runs |= {name: lambda circuit=circuit: mi.run_circuits(model, task, circuit) for name, circuit in drawn.items()}
     times, _ = in_turns(runs, rounds, model.device)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    together, _ = in_turns({"forward": forward, "packed": lambda: mi.run_circuits(model, task, many)}, 1, model.device)
-    unit, packed = medians["forward"], statistics.median(together["packed"])
+    together, _ = in_turns(
+        {"forward": forward, "packed": lambda: mi.run_circuits(model, task, many, memory=memory)}, 1, model.device
+    )
+    unit, packed = statistics.median(times["forward"] + together["forward"]), statistics.median(together["packed"])
+    counted = operations(lambda: mi.run_circuits(model, task, drawn["1000 edges"])) / operations(forward) - 2
     return {
         "model": model.name,
         "work": f"{len(task)} prompts of {task.clean.shape[1]} tokens that first differ at {int(task.first_difference.min())}",
@@ -129,6 +132,7 @@ def circuits(model: mi.Model, task: mi.Task, n: int, rounds: int) -> dict[str, A
         "forwards for one circuit beyond its clean and corrupt runs": {
             name: round(medians[name] / unit - 2, 2) for name in drawn
         },
+        "the same by operations": round(counted, 2),
         f"forwards for each of {n} circuits of 1000 edges, beyond the clean and corrupt runs": round((packed / unit - 2) / n, 2),
     }
 
@@ -149,13 +153,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     cases: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "edges-gpt2-small": lambda args: edges((case := small())[0], case[1][:1], args.sample, args.rounds),
-        "circuits-gpt2-small": lambda args: circuits(*small(), args.circuits, args.rounds),
-        "circuits-smollm2": lambda args: circuits(*smollm2(), args.circuits, args.rounds),
+        "circuits-gpt2-small": lambda args: circuits(*small(), args.circuits, args.rounds, args.memory),
+        "circuits-smollm2": lambda args: circuits(*smollm2(), args.circuits, args.rounds, args.memory),
         "plan-smollm2": lambda args: plan_only(*smollm2()),
     }
     parser.add_argument("cases", nargs="*", default=list(cases), help=f"of {', '.join(cases)}; all by default")
     parser.add_argument("--sample", type=int, default=300, help="edges timed")
     parser.add_argument("--circuits", type=int, default=64, help="circuits in one call")
+    parser.add_argument("--memory", help="for the packed circuits, such as '256 MiB'; what run_circuits takes by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="a JSON file")
     arguments = parser.parse_args()

@@ -134,7 +134,7 @@ def test_exact_scores_agree_in_everything(setting: Any) -> None:
 
 
 def test_two_signs_flipped_and_one_edge_forgotten() -> None:
-    toy = mi.toys.induction()
+    toy = mi.toys.induction(n=8)
     exact = mi.edge_effects(toy.model, toy.task)
     truth = [tuple(edge) for edge in toy.truth["resample"].edges]
     place = {edge: i for i, edge in enumerate(exact.coords["edge"])}
@@ -183,7 +183,7 @@ def test_effects_keep_their_unit(setting: Any) -> None:
 
 
 def test_the_sample_is_the_top_and_the_rest_at_all_magnitudes() -> None:
-    toy = mi.toys.induction()
+    toy = mi.toys.induction(n=4)
     n = len(mi.Circuit.full(toy.model).edges)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(3))
     scores = effects_of((1.0 + order)[:, None], mi.Circuit.full(toy.model).edges)
