@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
+from mechinterp.core.ablation import Ablation
 from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
@@ -56,6 +57,7 @@ def discover(
     selection: Literal["connected", "top", "greedy"] = "connected",
     signed: bool = False,
     steps: int = 5,
+    ablation: Ablation | str = "resample",
     metric: MetricLike = None,
     direction: Direction = "noise",
     progress: bool = False,
@@ -80,7 +82,7 @@ def discover(
         against it are part of the circuit. A signed circuit without them often beats the whole model.
     steps
         Points of the path for ``"eap-ig"``.
-    metric, direction, progress
+    ablation, metric, direction, progress
         As in `mechinterp.attribute`.
 
     Returns
@@ -128,16 +130,18 @@ def discover(
         task,
         unit="edge",
         steps=0 if method == "eap" else steps,
+        ablation=ablation,
         metric=metric,
         direction=direction,
         progress=progress,
     )
     provenance: dict[str, Any] = dict(effects.provenance)
+    ablated = effects.provenance["ablation"]
     provenance |= {
         "estimator": provenance["method"],
         "method": method,
         "baseline": dict(effects.baseline),
-        "ablation": "resample (the corrupt prompt of each pair)",
+        "ablation": "resample (the corrupt prompt of each pair)" if ablated == "resample" else ablated,
         "seconds": round(time.perf_counter() - started, 1),
     }
     scores = edge_scores(effects)

@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from mechinterp.core.ablation import Ablation
 from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.edits import Edit
 from mechinterp.core.effects import Effects, Label
@@ -16,8 +17,8 @@ from mechinterp.core.model import Model
 from mechinterp.core.plan import Plan, plan_cells, sweep
 from mechinterp.core.select import Selection, select
 from mechinterp.core.sites import Site
-from mechinterp.errors import SelectorError, did_you_mean
-from mechinterp.patching.compare import Direction, MetricLike, compare_runs
+from mechinterp.errors import MetricError, SelectorError, did_you_mean
+from mechinterp.patching.compare import Direction, MetricLike, ablated_values, compare_runs
 from mechinterp.patching.ends import own_ends
 from mechinterp.tasks import Task, resolve_metric
 
@@ -174,6 +175,7 @@ def patch(
     over: Sequence[str] | None = None,
     window: int = 1,
     corruption: Edit | Sequence[Edit] = (),
+    ablation: Ablation | str = "resample",
     metric: MetricLike = None,
     direction: Direction = "denoise",
     normalize: bool = True,
@@ -199,6 +201,9 @@ def patch(
     corruption
         Edits that make the corrupt run of the *clean* prompts, in place of the corrupt prompts: with noise on the
         subject's embedding this is causal tracing.
+    ablation
+        An `Ablation` or its name (``"zero"``, ``"mean"``, ...): with ``direction="noise"``, its values are put in instead of
+        the corrupt run's. One unit stays the difference that the corrupt prompts make.
     metric
         A name, a `Metric` or a function of (logits ``[batch vocab]`` at the answer position, task). Default: the task's.
     direction
@@ -247,7 +252,12 @@ def patch(
     selector, (at, task) = at, own_ends(model, at, task)
     grid = grid_of(model, at, task.clean.shape[1], over, window)
     everything = Selection(tuple(dict.fromkeys(site for cell in grid.cells for site in cell)))
-    runs = compare_runs(model, task, everything, metric=metric, direction=direction, corruption=_edits(corruption))
+    ablated = ablated_values(ablation, model, task, everything, direction)(slice(None))
+    if ablated and corruption:
+        raise MetricError("ablation= and corruption= are two ways to say what is put in; give one of them")
+    runs = compare_runs(
+        model, task, everything, metric=metric, direction=direction, corruption=_edits(corruption), ablated=ablated
+    )
     unit = runs.unit(normalize)
     received = runs.received()
     differs = {site: not torch.equal(runs.other[site], runs.receiver[site]) for site in everything}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from mechinterp.core.ablation import Ablation
 from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.effects import Effects, Label
 from mechinterp.core.model import Model
@@ -19,7 +21,7 @@ from mechinterp.core.sites import Site
 from mechinterp.errors import MetricError, SelectorError
 from mechinterp.graph import GraphShape
 from mechinterp.patching.activation import Grid, grid_of
-from mechinterp.patching.compare import Comparison, Direction, MetricLike, compare_runs, unit_of
+from mechinterp.patching.compare import Comparison, Direction, MetricLike, ablated_values, compare_runs, unit_of
 from mechinterp.patching.ends import own_ends
 from mechinterp.patching.gradients import EMBED, check_gradient, gradients, path_points
 from mechinterp.patching.readers import Layout, ReaderGroup, head_changes, layout_of
@@ -36,6 +38,7 @@ def attribute(
     unit: Literal["node", "edge"] = "node",
     steps: int | Sequence[int | float] = 0,
     over: Sequence[str] | None = None,
+    ablation: Ablation | str = "resample",
     metric: MetricLike = None,
     direction: Direction = "noise",
     normalize: bool = True,
@@ -61,7 +64,7 @@ def attribute(
     steps
         0: gradient at the receiving run (attribution patching, EAP). m: integrated gradients over m midpoints of the
         line between the two prompts' token embeddings (EAP-IG inputs). A sequence: these points of that line.
-    over, metric, direction, normalize, progress
+    over, ablation, metric, direction, normalize, progress
         As in `mechinterp.patch`, but here the default direction is ``"noise"``, as in the literature on edges.
     memory
         Bytes that activations, differences and gradients may take; more prompts are handled in parts.
@@ -70,7 +73,8 @@ def attribute(
     -------
     Effects
         Axis ``node`` or ``edge``, or those of the selector, per example. The provenance holds ``completeness_error``:
-        how far the embedding's score is from the whole difference between the runs (it goes to 0 with ``steps``).
+        how far the embedding's score is from the whole difference between the runs (it goes to 0 with ``steps``); under
+        "resample" only.
 
     Raises
     ------
@@ -108,10 +112,13 @@ def attribute(
     else:
         scorer = _Sites(model, _nodes(model) if at is None else grid_of(model, at, task.clean.shape[1], over))
     parts = _parts(model, task, scorer.bytes_per_token, budget_of(model, memory, at_most=2 << 30))
+    wanted = scorer.wanted | Selection((EMBED,))
+    ablated = ablated_values(ablation, model, task, wanted, direction)
     scores, clean, corrupt = [], [], []
     with progress_bar(len(parts) * (2 + 2 * len(points)), f"attribute {unit}s", show=progress) as bar:
-        for part in parts:
-            runs = compare_runs(model, part, scorer.wanted | Selection((EMBED,)), metric=metric, direction=direction)
+        for first, part in zip(accumulate((len(part) for part in parts), initial=0), parts, strict=False):
+            rows = slice(first, first + len(part))
+            runs = compare_runs(model, part, wanted, metric=metric, direction=direction, ablated=ablated(rows))
             check_gradient(runs.metric, direction, points)
             bar.update(2)
             scores.append(scorer.score(runs, points, bar))
@@ -133,7 +140,7 @@ def attribute(
         backwards=len(points),
     )
     provenance["prompts"] = len(task)
-    if at is None:
+    if at is None and runs.ablation == "resample":
         gap = (baseline["clean"] - baseline["corrupt"]) * (1 if direction == "denoise" else -1)
         provenance["completeness_error"] = float(scorer.from_embed(flat).mean()) - gap / scale
     return Effects(

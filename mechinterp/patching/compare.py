@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mechinterp.core.ablation import Ablation, as_ablation
 from mechinterp.core.edits import Edit
 from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.model import Model
@@ -21,7 +22,7 @@ from mechinterp.core.sites import Site
 from mechinterp.errors import MetricError
 from mechinterp.tasks import Metric, Task, resolve_metric
 
-__all__ = ["Comparison", "Direction", "MetricLike", "compare_runs", "unit_of"]
+__all__ = ["Comparison", "Direction", "MetricLike", "ablated_values", "compare_runs", "unit_of"]
 
 Direction = Literal["denoise", "noise"]
 MetricLike = str | Metric | Callable[[Tensor, Task], Tensor] | None
@@ -46,6 +47,7 @@ class Comparison:
     clean_logits: Tensor
     corrupt_logits: Tensor
     corruption: tuple[tuple[Site, Tensor], ...] = ()
+    ablation: str = "resample"
 
     @property
     def tokens(self) -> Tensor:
@@ -60,7 +62,7 @@ class Comparison:
     @property
     def start(self) -> int:
         """The first position at which the two runs can differ."""
-        return 0 if self.corruption else int(self.task.first_difference.min())
+        return 0 if self.corruption or self.ablation != "resample" else int(self.task.first_difference.min())
 
     @property
     def receiver(self) -> Cache:
@@ -115,6 +117,7 @@ class Comparison:
             "prompts": len(self.task),
             "metric": self.metric.name,
             "direction": self.direction,
+            "ablation": self.ablation,
             **more,
             "task_provenance": dict(self.task.provenance),
             "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens")},
@@ -145,8 +148,12 @@ def compare_runs(
     metric: MetricLike = None,
     direction: Direction = "denoise",
     corruption: Sequence[Edit] = (),
+    ablated: tuple[str, Cache] | None = None,
 ) -> Comparison:
     """Run both prompts of a task once and keep the selected activations. Cost: 2 forward passes.
+
+    With ``ablated``, the name of an ablation and its values, these stand in place of the corrupt run's activations; see
+    `ablated_values`. The corrupt run's logits stay what one unit is measured by.
 
     With ``corruption`` the corrupt run is that of the clean prompts with these edits. What they made of their sites is
     kept, so that every later run gets the very same values, however its rows are packed.
@@ -174,8 +181,31 @@ def compare_runs(
         metric=resolve_metric(metric, task),
         direction=direction,
         clean=caches[0],
-        corrupt=caches[1],
+        corrupt=caches[1] if ablated is None else ablated[1],
         clean_logits=answers[0],
         corrupt_logits=answers[1],
         corruption=tuple((site, kept[site]) for site in corrupted),
+        ablation="resample" if ablated is None else ablated[0],
     )
+
+
+def ablated_values(
+    ablation: Ablation | str, model: Model, task: Task, selection: Selection, direction: Direction
+) -> Callable[[slice], tuple[str, Cache] | None]:
+    """For some rows of the task, what `compare_runs` takes as ``ablated``: nothing under "resample", which is the corrupt run.
+
+    Raises
+    ------
+    MetricError
+        The direction is not "noise": only into the clean run can ablated values be put.
+    """
+    ablation = as_ablation(ablation, seed=None)
+    if ablation.kind == "resample":
+        return lambda rows: None
+    if direction != "noise":
+        raise MetricError(
+            f"the values of the ablation {ablation.kind!r} are put into the clean run, so direction={direction!r} means nothing; "
+            "write direction='noise'"
+        )
+    source = ablation.source(model, task.to(model.device), selection)
+    return lambda rows: (str(ablation), source(rows))

@@ -16,6 +16,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
+from mechinterp.core.ablation import Ablation, as_ablation
 from mechinterp.core.effects import Effects, Label
 from mechinterp.core.model import Model
 from mechinterp.core.plan import Cell, Plan, plan_cells, progress_bar, sweep
@@ -24,7 +25,7 @@ from mechinterp.core.sites import Site
 from mechinterp.errors import FileFormatError, GraphError, SelectorError
 from mechinterp.graph import Circuit, Edge
 from mechinterp.patching.attribution import written_difference
-from mechinterp.patching.compare import Comparison, Direction, MetricLike, compare_runs, unit_of
+from mechinterp.patching.compare import Comparison, Direction, MetricLike, ablated_values, compare_runs, unit_of
 from mechinterp.patching.readers import Layout, ReaderGroup, layout_of
 from mechinterp.tasks import Task, resolve_metric
 
@@ -41,6 +42,7 @@ def edge_effects(
     edges: Edges = "*",
     *,
     over: Sequence[Literal["pos"]] = (),
+    ablation: Ablation | str = "resample",
     metric: MetricLike = None,
     direction: Direction = "noise",
     normalize: bool = True,
@@ -65,7 +67,7 @@ def edge_effects(
         ``"a5.h*->a9.h6<q>"``, ``"embed->*"``.
     over
         ``("pos",)``: what each edge carries at each position, one run each, as a second axis.
-    metric, direction, normalize, memory, progress
+    ablation, metric, direction, normalize, memory, progress
         As in `mechinterp.patch`, but the default direction is ``"noise"``, as for `mechinterp.attribute`.
     resume
         A safetensors file that is written every minute and at the end. If it is there, what it holds is not run again.
@@ -110,14 +112,23 @@ def edge_effects(
         "answers": [task.right.tolist(), task.wrong.tolist(), task.answer_pos.tolist()],
         "metric": rule.name,
         "direction": direction,
+        "ablation": str(as_ablation(ablation, seed=None)),
         "edges": [str(edge) for edge in chosen],
         "positions": positions,
     }
     clean, corrupt = [], []
+    ablated = ablated_values(ablation, model, task, layout.written, direction)
     with _kept(flat, said, resume) as save, progress_bar(flat.numel(), "edges", show=progress) as bar:
         bar.update(int((~flat.isnan()).sum()))
         for part in _parts(layout, task, model):
-            runs = compare_runs(model, task[part.start : part.stop], _wanted(layout), metric=rule, direction=direction)
+            runs = compare_runs(
+                model,
+                task[part.start : part.stop],
+                _wanted(layout),
+                metric=rule,
+                direction=direction,
+                ablated=ablated(part),
+            )
             cells = _EdgeCells(runs, layout, chosen, positions)
             left = [i for i in cells.order() if flat[i, part.start : part.stop].isnan().any()]
             for members, values in _measured(runs, cells, left, memory):
