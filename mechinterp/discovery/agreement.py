@@ -272,6 +272,13 @@ class Agreement:
         origin = self.provenance
         return f"{len(self.edges)} of {counted(self.scored, 'edge')}, {origin['task']} on {origin['model']}"
 
+    def _elsewhere(self) -> str:
+        """Said where the scores are of another model or task than the exact effects, which may be a mistake."""
+        scores = self.provenance.get("scores", {})
+        names = [str(scores.get(key, self.provenance[key])) for key in ("task", "model")]
+        same = names == [self.provenance["task"], self.provenance["model"]]
+        return "" if same else f"; the scores are of {' on '.join(names)}"
+
     def __repr__(self) -> str:
         origin, beyond = self.provenance, int(self.beyond_rounding.sum())
         shared = ", ".join(f"top {k}: {self.overlap(k):.2f}" for k in self.top) or "too few for a top"
@@ -288,7 +295,7 @@ class Agreement:
         return "\n".join(
             [
                 f"Agreement: {self._title()}, {origin['metric']} ({origin['direction']}); {origin['estimator']} against exact",
-                f"  compared: {self.chosen}",
+                f"  compared: {self.chosen}{self._elsewhere()}",
                 f"  rank correlation {self.spearman:.3f} (absolute {self.spearman_abs:.3f}), Pearson {self.pearson:.3f} "
                 f"(absolute {self.pearson_abs:.3f})",
                 f"  same sign {self.sign_agreement:.3f} of {counted(beyond, 'edge')} beyond rounding; "

@@ -208,6 +208,9 @@ def test_headline_table_and_plain_data() -> None:
     name = str(found.edges[-1])
     assert lines[4].startswith(f"  1 saturated (first {name}: estimate +0.033, exact +2.000), ")
     assert f"cancelling (first {name}" in lines[4]
+    elsewhere = agreement_of(estimate, exact, scores={"model": "m", "task": "other"})
+    assert repr(elsewhere).split("\n")[1] == "  compared: all of them; the scores are of other on m"
+    assert lines[1] == "  compared: all of them"
     page = found._repr_html_()
     assert "30 of 30 edges" in page
     assert page.count("<tr>") == 1 + len(found.by_magnitude)
