@@ -147,7 +147,7 @@ def run_circuits(
     length = task.clean.shape[1]
     differing = max(1, length - int(task.first_difference.min())) if paired else length
     per_row = 4 * differing * model.cfg.d_model * (len(layout.writers) + 3 * len(layout.groups[0].readers) + 8)
-    room = budget_of(model, memory, at_most=2 << 30)
+    room = budget_of(model, memory, at_most=1 << 28)
     fit = max(1, min(room // per_row, rows_per_forward(model, length, memory=room)))
     rows = min(fit, len(task))
     at_once = max(1, fit // rows)

@@ -213,8 +213,8 @@ class _Edges:
     def score(self, runs: Comparison, points: Sequence[float], bar: Any) -> Tensor:
         """``[edge batch]``."""
         layout, batch = self.layout, len(runs.task)
-        # Nothing differs before the prompts first do.
-        start = int(runs.task.first_difference.min())
+        # Nothing differs before the runs first do.
+        start = runs.start
         difference = written_difference(runs, layout, start)
         pulled = torch.zeros(batch, len(layout.readers), difference.shape[-1], device=difference.device)
         hooked = Selection(tuple(_gradient_site(group) for group in layout.groups))
