@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
-from types import TracebackType
+from types import FunctionType, MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -422,7 +422,8 @@ def _is_house(hook: Callable[..., Any]) -> bool:
         return True
     # On OPT transformer_lens keeps tensors with hooks that it attaches as its users would.
     inner = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
-    return any(callable(each) and str(getattr(each, "__module__", "")).startswith("transformer_lens.") for each in inner)
+    functions = [each for each in inner if isinstance(each, FunctionType | MethodType)]
+    return any(str(each.__module__).startswith("transformer_lens.") for each in functions)
 
 
 def _check_written(old: Tensor, new: Any, label: str) -> None:

@@ -146,7 +146,7 @@ def plan(
     >>> import mechinterp as mi
     >>> toy = mi.toys.induction()
     >>> mi.plan(toy.model, toy.task, "L*.H*.z").cells
-    8
+    16
     """
     check_model_and_task(model, task)
     at, task = own_ends(model, at, task)

@@ -169,7 +169,7 @@ def plan_edges(
     --------
     >>> import mechinterp as mi
     >>> toy = mi.toys.induction()
-    >>> mi.plan_edges(toy.model, toy.task).cells == mi.Circuit.full(toy.model).n_edges
+    >>> mi.plan_edges(toy.model, toy.task).cells == mi.GraphShape.of(toy.model).n_edges
     True
     """
     layout = layout_of(model)

@@ -55,7 +55,8 @@ def patch_paths(
        write in the receiving run, so that only what the senders write themselves reaches anyone; nodes in ``through`` are
        computed anew. What the receivers' ports read there is kept.
     2. With ``via``, the outputs that these nodes give when their ports read that are the senders of the next step.
-    3. The receiving prompt runs again: the receivers read what was kept, and everything after them follows.
+    3. The receiving prompt runs again: the receivers read what was kept, and everything after them follows. A receiver that
+       comes after another one reads what was kept too, and not what the earlier one now writes.
 
     Parameters
     ----------

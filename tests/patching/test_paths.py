@@ -68,7 +68,8 @@ def test_sets_of_senders_and_receivers(setting: Any) -> None:
     senders = {"embed": ["embed"], "a0.h1 | m0": ["a0.h1", "m0"], "a0.* | L0.mlp_out": [f"a0.h{i}" for i in range(4)] + ["m0"]}
     receivers = {
         f"a1.h0<q> | a1.{kv}1<k>": [("a1.h0", "q"), (f"a1.{kv}1", "k")],
-        "L1.H*.q | m1": [*((f"a1.h{i}", "q") for i in range(4)), ("m1", "in")],
+        f"L1.H*.q | a1.{kv}0<v>": [*((f"a1.h{i}", "q") for i in range(4)), (f"a1.{kv}0", "v")],
+        "m1": [("m1", "in")],
     }
     for sent, nodes in senders.items():
         for read, ports in receivers.items():
