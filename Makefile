@@ -58,6 +58,7 @@ bench: $(READY) ## budgets in operations, and seconds beside transformer_lens (h
 	$(RUN) -m pytest tests/benchmarks -s $(ARGS)
 	$(RUN) benchmarks/overhead.py --out benchmarks/overhead.json
 	$(RUN) benchmarks/sweeps.py --out benchmarks/sweeps.json
+	$(RUN) benchmarks/edges.py --out benchmarks/edges.json
 
 toys: $(READY) ## train the trained toy again (seeded)
 	$(RUN) scripts/train_toy.py
