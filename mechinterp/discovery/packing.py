@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -116,7 +116,7 @@ class Pack:
         grad
             Whether the answers are differentiable with respect to ``outside``.
         """
-        return _run_packed(self, outside, first, grad)
+        return _Pass(self, outside, first, grad).run()
 
 
 def every_writer(layout: Layout) -> Selection:
@@ -128,10 +128,12 @@ def every_writer(layout: Layout) -> Selection:
 
 def outside_of(circuit: Circuit, layout: Layout) -> Tensor:
     """``[reader writer]``: 1 where the edge exists and is not in the circuit."""
-    inside = set(circuit.edges)
     mask = torch.zeros(len(layout.readers), len(layout.writers))
-    cut = [i for i, edge in enumerate(layout.edges) if edge not in inside]
-    mask[[layout.dst[i] for i in cut], [layout.src[i] for i in cut]] = 1.0
+    for group in layout.groups:
+        mask[group.readers.start : group.readers.stop, : group.n_writers] = 1.0
+    writers = {name: i for i, name in enumerate(layout.writers)}
+    readers = {reader: i for i, reader in enumerate(layout.readers)}
+    mask[[readers[edge.dst, edge.port] for edge in circuit.edges], [writers[edge.src] for edge in circuit.edges]] = 0.0
     return mask
 
 
@@ -144,142 +146,246 @@ def _written(cache: Cache, layout: Layout, start: int) -> Tensor:
     return layout.stacked(lambda site: cache[site][:, start:], heads)
 
 
-def _run_packed(pack: Pack, outside: Tensor, first: int, grad: bool) -> Tensor:
-    runs, layout, ablated, start = pack.runs, pack.layout, pack.ablated, pack.start
-    model, task, shape = runs.model, runs.task, layout.shape
-    # A replay has no gradients.
-    recording = None if grad else runs.recording
-    n = len(outside)
-    width = model.cfg.d_model
-    # Sums before a norm that heads pass together are needed of every layer.
-    first = 0 if recording is None or model.cfg.post_norm else first
-    if recording is not None:
-        # Positions before `start` are not computed at all: there every circuit is the clean run.
-        recording, start = recording.since(start if model.replay_prefix else 0), 0 if model.replay_prefix else start
-    # What is written before the first layer is the same in every row.
-    n_fixed = layout.head_writers(first).start if first else 0
-    # ablated_u - current_u of the others, filled in as the forward pass reaches each writer.
-    missing = ablated.new_empty(n, len(ablated), 0 if grad else len(layout.writers) - n_fixed, ablated.shape[-1])
-    noted: list[Tensor] = []
-    # What heads sum to before a norm that they pass together, of each layer.
-    summed: dict[int, Tensor] = {}
-    registry = HookRegistry(model, partial=recording is not None)
-    streams: dict[int, Tensor] = {}
+def _index(columns: Sequence[int]) -> slice | list[int]:
+    """A slice where these numbers follow each other, so that nothing is copied."""
+    if columns and columns[-1] - columns[0] == len(columns) - 1:
+        return slice(columns[0], columns[-1] + 1)
+    return list(columns)
 
-    def note(writers: slice, value: Tensor) -> None:
-        gap = ablated[:, writers] - rearrange(value, "(n b) p w m -> n b w (p m)", n=n)
-        if grad:
+
+@dataclass(frozen=True)
+class _Heard:
+    """How what some readers miss is summed: over the edges that are cut, or as everything less the edges that are kept.
+
+    Parameters
+    ----------
+    columns
+        The writers that are summed over, in order.
+    kept
+        Whether ``columns`` are those of the edges that are kept.
+    """
+
+    columns: tuple[int, ...]
+    kept: bool
+
+
+class _Pass:
+    """One forward pass of several circuits as rows. The registry's functions see positions from ``start`` of the recording.
+
+    ``missing`` is ablated_u - current_u, filled in as the pass reaches each writer that a sum needs.
+    """
+
+    def __init__(self, pack: Pack, outside: Tensor, first: int, grad: bool) -> None:
+        self.pack, self.outside, self.grad = pack, outside, grad
+        self.model, self.layout, self.n = pack.runs.model, pack.layout, len(outside)
+        # A replay has no gradients.
+        self.recording = None if grad else pack.runs.recording
+        # Sums before a norm that heads pass together are needed of every layer.
+        self.first = 0 if self.recording is None or self.model.cfg.post_norm else first
+        self.start = pack.start
+        if self.recording is not None:
+            # Positions before `start` are not computed at all: there every circuit is the clean run.
+            self.recording = self.recording.since(pack.start if self.model.replay_prefix else 0)
+            self.start = 0 if self.model.replay_prefix else pack.start
+        # q, k and v of a layer read the same writers: what all of them miss is one matrix product, made by the first.
+        self.together: dict[ReaderGroup, list[ReaderGroup]] = {}
+        for group in self.layout.groups:
+            same = [other for other in self.layout.groups if other.port != "in" and other.layer == group.layer]
+            if self._cut(group).any():
+                self.together[group] = [group] if group.port == "in" else same
+        self.heard = {tuple(groups): self._heard(groups) for groups in self.together.values()}
+        # What is written before the first layer is the same in every row.
+        self.n_fixed = self.layout.head_writers(self.first).start if self.first else 0
+        needed = sorted({u for heard in self.heard.values() for u in heard.columns if u >= self.n_fixed})
+        self.slot = {u: i for i, u in enumerate(needed)}
+        ablated = pack.ablated
+        self.missing = ablated.new_empty(self.n, len(ablated), 0 if grad else len(needed), ablated.shape[-1])
+        self.noted: list[Tensor] = []
+        # All that is missing of the writers so far, and what is written since then: (number of writers, sum).
+        self.totals = any(heard.kept for heard in self.heard.values())
+        self.total = pack.clean_gap[:, : self.n_fixed].sum(dim=1)[None] if self.totals and self.n_fixed else ablated.new_zeros(())
+        self.pending: list[tuple[int, Tensor]] = []
+        # What heads sum to before a norm that they pass together, of each layer.
+        self.summed: dict[int, Tensor] = {}
+        self.streams: dict[int, Tensor] = {}
+        self.moved: dict[int, Tensor] = {}
+
+    def _cut(self, group: ReaderGroup) -> Tensor:
+        """``[circuit reader]``: whether a reader hears anything that is ablated."""
+        return self.outside[:, group.readers.start : group.readers.stop, : group.n_writers].any(dim=-1)
+
+    def _weights(self, groups: Sequence[ReaderGroup]) -> Tensor:
+        """``[circuit reader writer]``"""
+        return self.outside[:, groups[0].readers.start : groups[-1].readers.stop, : groups[0].n_writers]
+
+    def _heard(self, groups: Sequence[ReaderGroup]) -> _Heard:
+        """The shorter of both sums."""
+        weights = self._weights(groups).detach()
+        if self.grad:
+            # A gate that is 0 has a gradient as well.
+            return _Heard(tuple(range(weights.shape[-1])), kept=False)
+        cut = tuple((weights != 0).any(dim=1).any(dim=0).nonzero()[:, 0].tolist())
+        if self.model.cfg.post_norm:
+            return _Heard(cut, kept=False)
+        rest = weights != 1
+        if groups[0].port != "in":
+            # Heads that no edge is cut from keep their own bits, whatever is said here.
+            rest = rest & (weights != 0).any(dim=-1, keepdim=True)
+        kept = tuple(rest.any(dim=1).any(dim=0).nonzero()[:, 0].tolist())
+        return _Heard(kept, kept=True) if len(kept) < len(cut) else _Heard(cut, kept=False)
+
+    def run(self) -> Tensor:
+        model, task, layout, first = self.model, self.pack.runs.task, self.layout, self.first
+        registry = HookRegistry(model, partial=self.recording is not None)
+        if not first:
+            registry.transform(EMBED, self._note_stream(0), priority=1)
+        for layer in range(first, layout.shape.n_layers):
+            registry.transform(Site("resid_pre", layer), self._keep_stream(layer))
+            registry.transform(Site("z", layer), self._note_heads(layer))
+            if not layout.shape.attn_only:
+                registry.transform(Site("mlp_out", layer), self._note_stream(layout.mlp_writer(layer)))
+        for group in self.together:
+            if group.port == "in":
+                registry.transform(group.site, self._read(group))
+            else:
+                registry.transform(Site(group.port, group.layer), self._read_heads(group))
+        if self.recording is not None:
+            return replay_within(self.recording, registry, self.n, task.answer_pos, first=first)
+        with torch.set_grad_enabled(self.grad), registry:
+            logits = answer_logits(model, task.clean.repeat(self.n, 1), task.answer_pos.repeat(self.n))
+        return rearrange(logits, "(n b) v -> n b v", n=self.n)
+
+    # --- what writers write
+
+    def _note(self, writers: Sequence[int], value: Tensor) -> None:
+        """Keep what is missing of these writers, which write ``value`` ``[(n b) pos writer d_model]``."""
+        gap = self.pack.ablated[:, _index(writers)] - rearrange(value, "(n b) p w m -> n b w (p m)", n=self.n)
+        if self.grad:
             # Writing into one tensor would change what the backward pass still needs.
-            noted.append(gap)
+            self.noted.append(gap)
         else:
-            missing[:, :, writers.start - n_fixed : writers.stop - n_fixed] = gap
+            self.missing[:, :, _index([self.slot[u] for u in writers])] = gap
 
-    def cut_from(weights: Tensor, writers: slice) -> Tensor:
-        """The sum over these writers of weight times what is missing: ``[n b reader (p m)]``."""
-        there = torch.cat(noted, dim=2) if grad else missing
-        late = slice(max(writers.start, n_fixed), writers.stop)
-        found = torch.matmul(weights[..., late], there[:, :, late.start - n_fixed : late.stop - n_fixed])
-        if writers.start < n_fixed:
-            early = slice(writers.start, min(writers.stop, n_fixed))
-            found = found + torch.matmul(weights[..., early], pack.clean_gap[:, early])
+    def _note_total(self, writers: slice, value: Tensor) -> None:
+        """Keep what is missing of these writers together, which write ``value`` ``[(n b) pos d_model]``."""
+        ablated = self.pack.ablated[:, writers].sum(dim=1)
+        self.pending.append((writers.stop, ablated - rearrange(value, "(n b) p m -> n b (p m)", n=self.n)))
+
+    def _keep_stream(self, layer: int) -> Callable[[Tensor], Tensor]:
+        def act(value: Tensor) -> Tensor:
+            self.streams.clear()
+            self.streams[layer] = value[:, self.start :]
+            return value
+
+        return act
+
+    def _note_stream(self, writer: int) -> Callable[[Tensor], Tensor]:
+        def act(value: Tensor) -> Tensor:
+            if self.grad or writer in self.slot:
+                self._note([writer], value[:, self.start :].unsqueeze(2))
+            if self.totals:
+                self._note_total(slice(writer, writer + 1), value[:, self.start :])
+            return value
+
+        return act
+
+    def _note_heads(self, layer: int) -> Callable[[Tensor], Tensor]:
+        weight = self.model.projection(layer, "o").weight
+        writers = self.layout.head_writers(layer)
+        wanted = [u for u in range(writers.start, writers.stop) if self.grad or u in self.slot]
+        heads = _index([u - writers.start for u in wanted])
+
+        def act(value: Tensor) -> Tensor:
+            z = value[:, self.start :]
+            if wanted:
+                self._note(wanted, torch.einsum("bphd,hdm->bphm", z[:, :, heads], weight[heads]))
+            if self.totals:
+                self._note_total(writers, torch.einsum("bphd,hdm->bpm", z, weight))
+            if self.model.cfg.post_norm:
+                self.summed[layer] = rearrange(self.model.attention_sums(layer, z), "(n b) p m -> n b 1 p m", n=self.n)
+            return value
+
+        return act
+
+    # --- what readers read
+
+    def _sum(self, weights: Tensor, columns: Sequence[int]) -> Tensor:
+        """The sum over some writers of weight times what is missing: ``[n b reader (p m)]``."""
+        late = [u for u in columns if u >= self.n_fixed]
+        if self.grad:
+            late_gap = torch.cat(self.noted, dim=2)[:, :, _index(late)]
+        else:
+            late_gap = self.missing[:, :, _index([self.slot[u] for u in late])]
+        found = torch.matmul(weights[..., _index(late)], late_gap)
+        if len(late) < len(columns):
+            early = _index([u for u in columns if u < self.n_fixed])
+            found = found + torch.matmul(weights[..., early], self.pack.clean_gap[:, early])
         return found
 
-    def keep_stream(layer: int) -> Callable[[Tensor], Tensor]:
-        def act(value: Tensor) -> Tensor:
-            streams.clear()
-            streams[layer] = value[:, start:]
-            return value
+    def _everything(self, n_writers: int) -> Tensor:
+        """What is missing of all writers before a reader: ``[n b (p m)]``. Readers ask in the order of the forward pass."""
+        while self.pending and self.pending[0][0] <= n_writers:
+            self.total = self.total + self.pending.pop(0)[1]
+        return self.total
 
-        return act
-
-    def note_stream(writer: int) -> Callable[[Tensor], Tensor]:
-        def act(value: Tensor) -> Tensor:
-            note(slice(writer, writer + 1), value[:, start:].unsqueeze(2))
-            return value
-
-        return act
-
-    def note_heads(layer: int) -> Callable[[Tensor], Tensor]:
-        weight = model.projection(layer, "o").weight
-
-        def act(value: Tensor) -> Tensor:
-            note(layout.head_writers(layer), torch.einsum("bphd,hdm->bphm", value[:, start:], weight))
-            if model.cfg.post_norm:
-                summed[layer] = rearrange(model.attention_sums(layer, value[:, start:]), "(n b) p m -> n b 1 p m", n=n)
-            return value
-
-        return act
-
-    # q, k and v of a layer read the same writers: what all of them miss is one matrix product, made by the first.
-    moved: dict[int, Tensor] = {}
-
-    def miss(groups: list[ReaderGroup]) -> Tensor:
+    def _missed(self, groups: Sequence[ReaderGroup]) -> Tensor:
         """What the readers of these groups hear more, or less, than the stream holds: ``[(n b) pos reader d_model]``."""
-        first, last = groups[0].readers.start, groups[-1].readers.stop
-        n_writers = groups[0].n_writers
-        weights = outside[:, None, first:last, :n_writers].to(ablated.dtype)
-        everything = slice(0, n_writers)
-        if not model.cfg.post_norm:
-            return rearrange(cut_from(weights, everything), "n b r (p m) -> (n b) p r m", m=width)
+        heard = self.heard[tuple(groups)]
+        width = self.model.cfg.d_model
+        weights = self._weights(groups)[:, None].to(self.pack.ablated.dtype)
+        if heard.kept:
+            everything = self._everything(groups[0].n_writers).unsqueeze(2)
+            found = (
+                everything - self._sum(1 - weights, heard.columns)
+                if heard.columns
+                else everything.expand(self.n, -1, weights.shape[2], -1)
+            )
+            return rearrange(found, "n b r (p m) -> (n b) p r m", m=width)
+        if not self.model.cfg.post_norm:
+            return rearrange(self._sum(weights, heard.columns), "n b r (p m) -> (n b) p r m", m=width)
         # Heads are summed and normed together: what a reader misses is the difference of two normed sums.
-        weights = weights.clone()
-        through_norms = ablated.new_zeros(())
-        for layer, current in summed.items():
-            heads = layout.head_writers(layer)
-            if heads.stop <= n_writers:
-                cut = rearrange(cut_from(weights, heads), "n b r (p m) -> n b r p m", m=width)
+        through_norms = weights.new_zeros(())
+        direct = list(heard.columns)
+        for layer, current in self.summed.items():
+            heads = self.layout.head_writers(layer)
+            cut = [u for u in heard.columns if heads.start <= u < heads.stop]
+            if heads.stop <= groups[0].n_writers and cut:
+                moved = rearrange(self._sum(weights, cut), "n b r (p m) -> n b r p m", m=width)
                 through_norms = (
-                    through_norms + model.attention_passes(layer, current + cut) - model.attention_passes(layer, current)
+                    through_norms
+                    + self.model.attention_passes(layer, current + moved)
+                    - self.model.attention_passes(layer, current)
                 )
-                weights[..., heads] = 0
-        direct = rearrange(cut_from(weights, everything), "n b r (p m) -> n b r p m", m=width)
-        return rearrange(direct + through_norms, "n b r p m -> (n b) p r m")
+                direct = [u for u in direct if u not in cut]
+        found = through_norms
+        if direct:
+            found = found + rearrange(self._sum(weights, direct), "n b r (p m) -> n b r p m", m=width)
+        return rearrange(found, "n b r p m -> (n b) p r m")
 
-    def read(group: ReaderGroup) -> Callable[[Tensor], Tensor]:
+    def _read(self, group: ReaderGroup) -> Callable[[Tensor], Tensor]:
         def act(value: Tensor) -> Tensor:
             new = value.clone()
-            new[:, start:] += miss([group]).squeeze(2)
+            new[:, self.start :] += self._missed([group]).squeeze(2)
             return new
 
         return act
 
-    def read_heads(group: ReaderGroup, together: list[ReaderGroup], cut: Tensor) -> Callable[[Tensor], Tensor]:
+    def _read_heads(self, group: ReaderGroup) -> Callable[[Tensor], Tensor]:
+        together, layer, start = self.together[group], group.layer, self.start
         offset = group.readers.start - together[0].readers.start
-        touched = cut.repeat_interleave(len(task), dim=0)[:, None, :, None]
+        touched = self._cut(group).repeat_interleave(len(self.pack.ablated), dim=0)[:, None, :, None]
 
         def act(value: Tensor) -> Tensor:
-            if group.layer not in moved:
-                moved.clear()
-                moved[group.layer] = miss(together)
+            if layer not in self.moved:
+                self.moved.clear()
+                self.moved[layer] = self._missed(together)
             # Each head's own projection of what it reads: the stream is not split by head before.
-            stream = streams[group.layer].unsqueeze(2) + moved[group.layer][:, :, offset : offset + len(group.readers)]
-            projection = model.projection(group.layer, group.port)
-            new = torch.einsum("bphm,hmd->bphd", model.norm("attn", group.layer)(stream), projection.weight)
+            stream = self.streams[layer].unsqueeze(2) + self.moved[layer][:, :, offset : offset + len(group.readers)]
+            projection = self.model.projection(layer, group.port)
+            new = torch.einsum("bphm,hmd->bphd", self.model.norm("attn", layer)(stream), projection.weight)
             new = new if projection.bias is None else new + projection.bias
             # Heads that no edge is cut from keep their own bits.
             new = new.where(touched, value[:, start:])
             return new if not start else torch.cat([value[:, :start], new], dim=1)
 
         return act
-
-    if not first:
-        registry.transform(EMBED, note_stream(0), priority=1)
-    for layer in range(first, shape.n_layers):
-        registry.transform(Site("resid_pre", layer), keep_stream(layer))
-        registry.transform(Site("z", layer), note_heads(layer))
-        if not shape.attn_only:
-            registry.transform(Site("mlp_out", layer), note_stream(layout.mlp_writer(layer)))
-    for group in layout.groups:
-        cut = outside[:, group.readers.start : group.readers.stop, : group.n_writers].any(dim=-1)
-        if not cut.any():
-            continue
-        if group.port == "in":
-            registry.transform(group.site, read(group))
-        else:
-            together = [other for other in layout.groups if other.port != "in" and other.layer == group.layer]
-            registry.transform(Site(group.port, group.layer), read_heads(group, together, cut))
-    if recording is not None:
-        return replay_within(recording, registry, n, task.answer_pos, first=first)
-    with torch.set_grad_enabled(grad), registry:
-        logits = answer_logits(model, task.clean.repeat(n, 1), task.answer_pos.repeat(n))
-    return rearrange(logits, "(n b) v -> n b v", n=n)
