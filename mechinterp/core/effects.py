@@ -5,7 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from html import escape
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +22,18 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["Effects"]
+__all__ = ["Effects", "versions"]
 
 Label = int | str | tuple[str, ...]
+
+
+def versions() -> dict[str, str]:
+    """What results record of the libraries that made them."""
+    return {name: _version(name) for name in ("torch", "transformers", "transformer-lens")}
+
+
+# Reading them from disk takes longer than a forward pass of a small model.
+_version = lru_cache(version)
 
 
 @dataclass(frozen=True, eq=False)

@@ -410,8 +410,10 @@ def foreign_hooks(model: Model) -> int:
     """How many hooks sit on the model that are neither ours nor transformer_lens's own."""
     found = 0
     for module in model.hf.modules():
+        # Asked before every sweep, of thousands of modules most of which have none.
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            found += sum(1 for hook in hooks.values() if not _is_house(hook))
+            if hooks:
+                found += sum(1 for hook in hooks.values() if not _is_house(hook))
     return found
 
 

@@ -200,7 +200,12 @@ def select(pattern: str | Site | Iterable[Site | str] | Selection, cfg: Sized | 
 
 
 def _checked(site: Site, cfg: Any) -> Site:
-    sites = select(str(site), cfg).sites
+    return _one(site, _Words.of(cfg))
+
+
+@lru_cache(maxsize=4096)
+def _one(site: Site, words: _Words) -> Site:
+    sites = _parse(str(site), words).sites
     if len(sites) != 1:
         raise SelectorError(
             f"{site!r} holds {site.pos!r}, which names {len(sites)} positions; a Site has one, a pattern may have many"

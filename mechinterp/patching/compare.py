@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from mechinterp.core.ablation import Ablation, as_ablation
 from mechinterp.core.answers import answer_logits
 from mechinterp.core.edits import Edit
+from mechinterp.core.effects import versions
 from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.model import Model
 from mechinterp.core.plan import Cell, Plan, plan_cells, sweep
@@ -158,7 +158,7 @@ class Comparison:
             "ablation": self.ablation,
             **more,
             "task_provenance": dict(self.task.provenance),
-            "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens")},
+            "versions": versions(),
         }
 
 
