@@ -38,7 +38,7 @@ demo: $(READY) ## find the IOI circuit of a real model, judge it, draw it (minut
 
 # Tests are many and small: two processes of one thread each finish earlier than one process of two.
 test: $(READY) ## run the whole suite; ARGS="tests/graph -x" runs a part
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(READY) ## lint, format and types; changes nothing
 	$(RUN) -m ruff check .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -62,25 +62,37 @@ class Cache(Mapping[Site, Tensor]):
         sites = select(key, self.model.cfg).sites
         if len(sites) != 1:
             raise SiteError(f"{key!r} names {len(sites)} activations; ask for one, or loop over the cache")
-        site = sites[0]
+        value = self._whole_of(sites[0])
+        # Itself and not a view of it, which no gradient would reach.
+        return value if sites[0] == sites[0].whole else value[self._part(sites[0], value)[0]]
+
+    def replaced(self, values: Iterable[tuple[Site, Tensor]]) -> dict[Site, Tensor]:
+        """Copies of the whole activations that these sites are parts of, with the new values in place."""
+        found: dict[Site, Tensor] = {}
+        for site, new in values:
+            old = self._whole_of(site)
+            value = found.setdefault(site.whole, old.clone())
+            index, meant = self._part(site, value)
+            value[index] = new if meant is None else torch.where(meant.reshape(-1, *[1] * (new.ndim - 1)), new, value[index])
+        return found
+
+    def _whole_of(self, site: Site) -> Tensor:
         try:
-            value = self.whole[site.whole]
+            return self.whole[site.whole]
         except KeyError:
             kept = [str(each) for each in self.whole]
             raise SiteError(
                 f"{site} was not captured. {did_you_mean(site, kept)} Ask for it with capture={str(site)!r}"
             ) from None
-        if site == site.whole:
-            # Itself and not a view of it, which no gradient would reach.
-            return value
+
+    def _part(self, site: Site, value: Tensor) -> tuple[tuple[Any, ...], Tensor | None]:
         place = None
         if site.pos is not None:
             axis = site.kind.pos_axis
             if axis is None:
                 raise SelectorError(f"{site} has no position axis")
             place = self._span(value.shape[axis]).locate(range(len(value)), site.pos, self.positions, site)
-        index, _ = part_of(site, slice(0, len(value)), place, value.device)
-        return value[index]
+        return part_of(site, slice(0, len(value)), place, value.device)
 
     def _span(self, width: int) -> Span:
         return Span(None if self.lengths is None else tuple(self.lengths.tolist()), width)

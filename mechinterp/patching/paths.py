@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
-from itertools import pairwise
 from typing import Literal, TypeVar
 
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from torch import Tensor
 
 from mechinterp.core.answers import answer_logits
@@ -20,11 +17,12 @@ from mechinterp.core.hooks import HookRegistry
 from mechinterp.core.model import Model
 from mechinterp.core.plan import budget_of, halving, rows_per_forward
 from mechinterp.core.run import Cache
-from mechinterp.core.select import Selection, select
+from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
 from mechinterp.errors import SelectorError, did_you_mean
 from mechinterp.patching.compare import Comparison, Direction, MetricLike, compare_runs
 from mechinterp.patching.ends import own_ends
+from mechinterp.patching.path_names import answering, check_reach, nodes_of, place_of, receivers_of, senders_of
 from mechinterp.patching.readers import EMBED, Layout, layout_of
 from mechinterp.tasks import Task
 
@@ -33,10 +31,6 @@ __all__ = ["patch_paths"]
 # What is put where, for one counterfactual run.
 Values = list[tuple[Site, Tensor]]
 Found = TypeVar("Found")
-_PORTS = {"q": "q", "k": "k", "v": "v", "q_in": "q", "k_in": "k", "v_in": "v", "mlp_in": "mlp_in"}
-# A name of the graph and no site: a9.h6, a9.h6<q>, m3, with * for any part.
-_NODE = re.compile(r"[am][\d*?\[][^/]*")
-_WRITES = {"z": "z", "head_out": "z", "mlp_out": "mlp_out", "mlp_post": "mlp_post", "embed": "resid_pre"}
 
 
 def patch_paths(
@@ -94,8 +88,9 @@ def patch_paths(
 
     Notes
     -----
-    Cost: 2 forward passes for the two runs, one for each sender (and each step of ``via``), and less than one for each
-    sender and receiver; packed as rows.
+    Cost: 2 forward passes for the two runs, and less than one for each sender and receiver; one more for each sender and
+    step of ``via``. To ``"logits"``, what the senders write is added to the recorded stream: no pass at all. With ``through``
+    one more for each sender and step. Packed as rows.
 
     References
     ----------
@@ -116,11 +111,11 @@ def patch_paths(
         if axis not in ("sender", "receiver"):
             raise SelectorError(f"cannot sweep paths over {axis!r}. {did_you_mean(axis, ('sender', 'receiver'))}")
     layout, bytes_at_once = layout_of(model), budget_of(model, memory)
-    free = _nodes(layout, through)
-    sent = _senders(model, layout, senders)
-    hops = [_receivers(model, layout, ports) for ports in via]
-    read = _receivers(model, layout, receivers)
-    _check_reach(model, [sent, *hops, read])
+    free = nodes_of(layout, through)
+    sent = senders_of(model, layout, senders)
+    hops = [receivers_of(model, layout, ports) for ports in via]
+    read = receivers_of(model, layout, receivers)
+    check_reach(model, [sent, *hops, read])
     # Positions from the end are named ones where prompts differ in length.
     mentioned = dict.fromkeys(site for sites in (sent, *hops, read) for site in sites)
     parts = [site for site in mentioned if site.name != "logits"]
@@ -133,7 +128,8 @@ def patch_paths(
         groups = _answers(runs, layout, _listen(runs, layout, groups, free, hop, bytes_at_once), hop, bytes_at_once)
     received, unit = runs.received(), runs.unit(normalize)
     targets = _grouped(read, "receiver" in over)
-    if read[0].name == "logits":
+    to_logits = read[0].name == "logits"
+    if to_logits:
         flat = _listen_logits(runs, layout, groups, free, bytes_at_once) - received
     else:
         heard = _listen(runs, layout, groups, free, read, bytes_at_once)
@@ -157,130 +153,14 @@ def patch_paths(
             via=list(via),
             through=through or "",
             normalized=normalize,
-            forwards=2 + len(groups) * (1 + 2 * len(via)) + (flat.shape[0] if read[0].name != "logits" else 0),
+            # Where nothing is computed anew, what is heard follows from what is sent.
+            forwards=2 + len(groups) * (len(via) + (1 + len(via) if free else 0)) + (0 if to_logits else flat.shape[0]),
         ),
     )
 
 
-# -- names ---------------------------------------------------------------------------------------
-
-
 def _joined(text: str | Iterable[str]) -> str:
     return text if isinstance(text, str) else " | ".join(map(str, text))
-
-
-def _place(model: Model, site: Site, *, reads: bool) -> float:
-    """Where in the order of computation something is read or written; what is written reaches what is read later."""
-    layer = float(site.layer or 0)
-    if site.name == "resid_pre":
-        return -1.0
-    if site.name == "logits":
-        return float(model.cfg.n_layers)
-    # An MLP reads what attention of its layer wrote, unless both read the same stream.
-    late = site.name in ("mlp_out", "mlp_post") if not reads else site.name == "mlp_in" and not model.cfg.parallel
-    return layer + (0.5 if late else 0.0) - (0.25 if reads else 0.0)
-
-
-def _check_reach(model: Model, steps: Sequence[Sequence[Site]]) -> None:
-    """Raise `SelectorError` where nothing of one step comes before anything of the next: the path would carry nothing."""
-    for step, (before, after) in enumerate(pairwise(steps)):
-        written = [part for site in before for part in (_answering(model, site) if step else [site])]
-        if min(_place(model, site, reads=False) for site in written) > max(_place(model, site, reads=True) for site in after):
-            raise SelectorError(
-                f"nothing leads from {before[0]} to {after[0]}, which is computed before it; paths go from earlier to later nodes"
-            )
-
-
-def _terms(text: str) -> list[str]:
-    return [term.strip() for term in text.split("|")]
-
-
-def _senders(model: Model, layout: Layout, text: str) -> list[Site]:
-    """The activations that the senders write: z of a head, what an MLP adds, neurons, or the first stream."""
-    found: dict[Site, None] = {}
-    for term in _terms(text):
-        nodes = [node for node in layout.writers if fnmatchcase(node, term)]
-        if nodes:
-            found |= dict.fromkeys(_written_by(node) for node in nodes)
-            continue
-        if _NODE.match(term):
-            raise SelectorError(f"no node that writes is called {term!r}. {did_you_mean(term, layout.writers)}")
-        for site in select(term, model.cfg):
-            if site.name not in _WRITES:
-                raise SelectorError(
-                    f"{site} is nothing that a node writes; senders are {', '.join(_WRITES)}, or nodes such as "
-                    f"{layout.writers[1]!r}"
-                )
-            layer = 0 if site.name == "embed" else site.layer
-            found[Site(_WRITES[site.name], layer, head=site.head, pos=site.pos, neuron=site.neuron)] = None
-    return [part for site in found for part in _split_heads(model, site)]
-
-
-def _written_by(node: str) -> Site:
-    if node == "embed":
-        return EMBED
-    layer, _, head = node[1:].partition(".h")
-    return Site("z", int(layer), head=int(head)) if head else Site("mlp_out", int(layer))
-
-
-def _receivers(model: Model, layout: Layout, text: str) -> list[Site]:
-    """The activations that take other values when a port reads something else."""
-    found: dict[Site, None] = {}
-    names = {f"{node}<{port}>" if port != "in" else node: (node, port) for node, port in layout.readers}
-    for term in _terms(text):
-        ports = [names[name] for name in names if fnmatchcase(name, term)]
-        if ports:
-            found |= dict.fromkeys(_read_by(node, port) for node, port in ports)
-            continue
-        if re.fullmatch(r"a[\d*?]+\.\S+", term) and "<" not in term:
-            raise SelectorError(
-                f"{term!r} does not say what reads: write {term}<q>, {term}<k> or {term}<v>, or {term}<*> for all"
-            )
-        if _NODE.match(term):
-            shared = "; keys and values are read by KV heads here" if layout.shape.grouped and term[-3:] in ("<k>", "<v>") else ""
-            raise SelectorError(f"no port is called {term!r}{shared}. {did_you_mean(term, names)}")
-        for site in select(term, model.cfg):
-            if site.name not in _PORTS:
-                raise SelectorError(
-                    f"{site} is nothing that reads; receivers are {', '.join(_PORTS)}, ports such as "
-                    f"{next(iter(names))!r}, or 'logits'"
-                )
-            found[Site(_PORTS[site.name], site.layer, head=site.head, pos=site.pos)] = None
-    if len(found) > 1 and any(site.name == "logits" for site in found):
-        raise SelectorError("the logits are read at the end of a path; patch the paths to them and to other receivers apart")
-    return [part for site in found for part in _split_heads(model, site)]
-
-
-def _read_by(node: str, port: str) -> Site:
-    if node == "logits":
-        return Site("logits")
-    layer, _, head = node[1:].partition(".")
-    return Site("mlp_in", int(layer)) if port == "in" else Site(port, int(layer), head=int(head.lstrip("khv")))
-
-
-def _split_heads(model: Model, site: Site) -> list[Site]:
-    """One site for each head, so that each can be a cell of its own."""
-    axis = site.kind.head_axis
-    if axis is None or site.head is not None:
-        return [site]
-    count = model.cfg.n_heads if axis == "head" else model.cfg.n_kv_heads
-    return [Site(site.name, site.layer, head=i, pos=site.pos, neuron=site.neuron) for i in range(count)]
-
-
-def _nodes(layout: Layout, text: str | None) -> set[str]:
-    """The nodes that are computed anew."""
-    if text is None:
-        return set()
-    found: set[str] = set()
-    for term in _terms(text):
-        pattern = {"mlps": "m*", "heads": "a*"}.get(term, term)
-        nodes = {node for node in layout.writers if fnmatchcase(node, pattern) and node != "embed"}
-        if not nodes and term == "mlps":
-            raise SelectorError("this model's MLPs write nothing, so no path leads through them; leave out through=")
-        if not nodes:
-            raise SelectorError(f"no node is called {term!r}. {did_you_mean(term, ['mlps', 'heads', *layout.writers])}")
-        found |= nodes
-    return found
 
 
 def _grouped(sites: Sequence[Site], apart: bool) -> list[list[Site]]:
@@ -300,7 +180,8 @@ def _wanted(layout: Layout, sent: Iterable[Site]) -> Selection:
     layers = range(layout.shape.n_layers)
     ports = [Site(port, layer) for layer in layers for port in "qkv"]
     streams = [] if layout.shape.attn_only else [Site("mlp_in", layer) for layer in layers]
-    return layout.written | Selection((*ports, *streams, *(site.whole for site in sent)))
+    streams += [*(Site("resid_pre", layer) for layer in layers), Site("resid_post", layout.shape.n_layers - 1)]
+    return layout.written | Selection(tuple(dict.fromkeys((*ports, *streams, *(site.whole for site in sent)))))
 
 
 def _freeze(
@@ -367,12 +248,85 @@ def _sent(registry: HookRegistry, runs: Comparison, layout: Layout, groups: Sequ
         return answer_logits(runs.model, runs.tokens.repeat(n, 1), runs.task.answer_pos.repeat(n))
 
 
+def _written(
+    runs: Comparison, group: Values, take: Callable[[Tensor], Tensor] = lambda value: value
+) -> list[tuple[float, Tensor]]:
+    """What the senders add to the stream beyond what they add in the receiving run, and where in the order they write it.
+
+    ``take`` says at which positions.
+    """
+    model, found = runs.model, []
+    changed = runs.receiver.replaced(group)
+    for site, value in changed.items():
+        layer, new, old = site.layer or 0, take(value), take(runs.receiver[site])
+        if torch.equal(new, old):
+            continue
+        if site.name == "mlp_post" and Site("mlp_out", layer) in changed:
+            # All that the MLP adds is put in.
+            continue
+        if site.name == "z":
+            gap = model.attention_adds(layer, new) - model.attention_adds(layer, old)
+        elif site.name == "mlp_post":
+            gap = model.neurons_add(layer, new) - model.neurons_add(layer, old)
+        else:
+            gap = new - old
+        found.append((place_of(model, site, reads=False), gap))
+    return found
+
+
+def _heard(runs: Comparison, group: Values, ports: Iterable[Site]) -> dict[Site, Tensor]:
+    """What these whole ports read when the senders send and every other node writes what it writes in the receiving run.
+
+    The stream then is the recorded one and what the senders add to it: no forward pass is needed.
+    """
+    model, found = runs.model, {}
+    with torch.no_grad():
+        written = _written(runs, group)
+        for port in ports:
+            gaps = [gap for place, gap in written if place < place_of(model, port, reads=True)]
+            if not gaps:
+                found[port] = runs.receiver[port]
+                continue
+            layer = port.layer or 0
+            stream = runs.receiver[port if port.name == "mlp_in" else Site("resid_pre", layer)] + sum(gaps)
+            if port.name == "mlp_in":
+                found[port] = stream
+                continue
+            projection = model.projection(layer, port.name)
+            value = einsum(model.norm("attn", layer)(stream), projection.weight, "b p m, h m d -> b p h d")
+            found[port] = value if projection.bias is None else value + projection.bias
+    return found
+
+
+def _straight_to_logits(runs: Comparison, groups: Sequence[Values]) -> Tensor:
+    """The metric ``[group batch]`` when the senders of each group write to the logits and nobody else hears them."""
+    model, rows = runs.model, torch.arange(len(runs.task), device=runs.model.device)
+
+    def at_answers(value: Tensor) -> Tensor:
+        return value[rows, runs.task.answer_pos].unsqueeze(1)
+
+    found = []
+    with torch.no_grad():
+        stream = at_answers(runs.receiver[Site("resid_post", model.cfg.n_layers - 1)])
+        for group in groups:
+            gaps = [gap for _, gap in _written(runs, group, at_answers)]
+            if gaps:
+                logits = model.unembed((stream + sum(gaps))[:, 0], runs.vocabulary)
+                found.append(runs.measure_cells(logits[None])[0])
+            else:
+                found.append(runs.received())
+    return torch.stack(found)
+
+
 def _listen(
     runs: Comparison, layout: Layout, groups: Sequence[Values], free: set[str], ports: Sequence[Site], memory: int
 ) -> list[Values]:
     """What the ports read when the senders of each group send: for each group the ports' new values."""
     batch = len(runs.task)
     wholes = Selection(tuple(dict.fromkeys(site.whole for site in ports)))
+    if not free:
+        caches = (Cache(runs.model, wholes, _heard(runs, group, wholes), runs.task.positions) for group in groups)
+        return [[(site, cache[site]) for site in ports] for cache in caches]
 
     def run(some: Sequence[Values]) -> list[Values]:
         seen: dict[Site, Tensor] = {}
@@ -391,6 +345,8 @@ def _listen(
 
 def _listen_logits(runs: Comparison, layout: Layout, groups: Sequence[Values], free: set[str], memory: int) -> Tensor:
     """The metric ``[group batch]`` when the logits read what the senders send."""
+    if not free:
+        return _straight_to_logits(runs, groups)
 
     def run(some: Sequence[Values]) -> list[Tensor]:
         logits = _sent(HookRegistry(runs.model, runs.task.positions), runs, layout, some, free)
@@ -402,7 +358,7 @@ def _listen_logits(runs: Comparison, layout: Layout, groups: Sequence[Values], f
 def _answers(runs: Comparison, layout: Layout, heard: Sequence[Values], ports: Sequence[Site], memory: int) -> list[Values]:
     """What the nodes with these ports write when the ports read that, each by itself: the senders of the next step."""
     batch, model = len(runs.task), runs.model
-    nodes = dict.fromkeys(node for site in ports for node in _answering(model, site))
+    nodes = dict.fromkeys(node for site in ports for node in answering(model, site))
     inputs = dict.fromkeys(
         Site(port, node.layer) for node in nodes for port in (("q", "k", "v") if node.name == "z" else ("mlp_in",))
     )
@@ -427,15 +383,6 @@ def _answers(runs: Comparison, layout: Layout, heard: Sequence[Values], ports: S
         return sent
 
     return _packed(runs, heard, memory, run)
-
-
-def _answering(model: Model, port: Site) -> list[Site]:
-    """The outputs of the nodes that a port belongs to; a KV head's are those of all its query heads."""
-    if port.name == "mlp_in":
-        return [Site("mlp_out", port.layer)]
-    share = model.cfg.n_heads // model.cfg.n_kv_heads if port.kind.head_axis == "kv_head" else 1
-    first = (port.head or 0) * share
-    return [Site("z", port.layer, head=head) for head in range(first, first + share)]
 
 
 def _patched(runs: Comparison, heard: Sequence[Values], targets: Sequence[Sequence[Site]], memory: int, progress: bool) -> Tensor:

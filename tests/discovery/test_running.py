@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 import mechinterp as mi
+from mechinterp.core.ablation import as_ablation
+from mechinterp.discovery.packing import Packing, outside_of
 from mechinterp.errors import GraphError
+from mechinterp.patching.readers import layout_of
 from mechinterp.tasks import accuracy
 from tests.core.conftest import ARCHITECTURES, module_of
 from tests.oracles import published
@@ -365,6 +368,29 @@ def test_all_but_one_edge_is_that_edge_s_effect(setting: Any, architecture: str)
     without = [full - mi.Circuit.from_edges(full.shape, [edge]) for edge in full.edges]
     outs = mi.run_circuits(model, setting.task, without)
     torch.testing.assert_close(outs.circuits - outs.clean, effects.per_example, atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+def test_few_edges_and_many_are_summed_alike(setting: Any, architecture: str, share: float) -> None:
+    """A reader's input is the sum over what is cut, or everything less what is kept: whichever is shorter."""
+    model = mi.load(module_of(architecture))
+    some = drawn(model, [share] * 3, seed=0)
+    outs = mi.run_circuits(model, setting.task, some)
+    layout = layout_of(model)
+    packing = Packing.of(model, setting.task, as_ablation("resample", seed=None), None, None)
+    outside = torch.stack([outside_of(circuit, layout) for circuit in some])
+    # With gradients every edge counts by what is cut from it.
+    whole = packing.pack(slice(0, len(setting.task)))
+    torch.testing.assert_close(outs.circuits, whole.measure(whole.answers(outside, grad=True)), atol=3e-5, rtol=1e-5)
+    late = outside.clone()
+    first = model.cfg.n_layers - 1
+    for group in layout.groups:
+        if group.layer < first:
+            late[:, group.readers.start : group.readers.stop] = 0
+    torch.testing.assert_close(
+        whole.measure(whole.answers(late, first=first)), whole.measure(whole.answers(late)), atol=3e-5, rtol=1e-5
+    )
 
 
 def test_hooks_and_gradients_are_left_alone(setting: Any) -> None:

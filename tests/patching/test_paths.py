@@ -173,6 +173,8 @@ def test_positions_and_neurons(setting: Any) -> None:
     torch.testing.assert_close(there.per_example, everywhere.per_example, atol=1e-5, rtol=0)
     # All neurons together are the MLP.
     neurons = mi.patch_paths(model, task, senders="L1.mlp_post", receivers="logits", normalize=False)
+    # What neurons add to the stream that the logits read is known from the two runs.
+    assert neurons.provenance["forwards"] == 2
     whole = mi.patch_paths(model, task, senders="m1", receivers="logits", normalize=False)
     torch.testing.assert_close(neurons.per_example, whole.per_example, atol=1e-5, rtol=0)
     one = mi.patch_paths(model, task, senders="L1.N3.mlp_post", receivers="logits", normalize=False)
