@@ -219,20 +219,21 @@ class _Pass:
         return self.outside[:, groups[0].readers.start : groups[-1].readers.stop, : groups[0].n_writers]
 
     def _heard(self, groups: Sequence[ReaderGroup]) -> _Heard:
-        """The shorter of both sums."""
+        """The shorter of both sums, where it is much shorter: some writers have to be copied out, all of them need not."""
         weights = self._weights(groups).detach()
+        everything = _Heard(tuple(range(weights.shape[-1])), kept=False)
         if self.grad:
             # A gate that is 0 has a gradient as well.
-            return _Heard(tuple(range(weights.shape[-1])), kept=False)
+            return everything
         cut = tuple((weights != 0).any(dim=1).any(dim=0).nonzero()[:, 0].tolist())
-        if self.model.cfg.post_norm:
+        if 2 * len(cut) < weights.shape[-1] or self.model.cfg.post_norm:
             return _Heard(cut, kept=False)
         rest = weights != 1
         if groups[0].port != "in":
             # Heads that no edge is cut from keep their own bits, whatever is said here.
             rest = rest & (weights != 0).any(dim=-1, keepdim=True)
         kept = tuple(rest.any(dim=1).any(dim=0).nonzero()[:, 0].tolist())
-        return _Heard(kept, kept=True) if len(kept) < len(cut) else _Heard(cut, kept=False)
+        return _Heard(kept, kept=True) if 2 * len(kept) < weights.shape[-1] else everything
 
     def run(self) -> Tensor:
         model, task, layout, first = self.model, self.pack.runs.task, self.layout, self.first
