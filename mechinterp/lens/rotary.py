@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechinterp.core.laws import tolerance
 from mechinterp.core.model import Model
 from mechinterp.core.run import run
 from mechinterp.core.select import Selection
@@ -101,7 +102,7 @@ def _check(model: Model, layer: int, turns: Any) -> None:
     given, expected = given[seen_keys], expected[seen_keys]
     factor = float((given * expected).sum() / expected.pow(2).sum().clamp(min=1e-30))
     off = float((given - factor * expected).abs().max() / given.abs().max().clamp(min=1e-30))
-    if not (off < 1e-3 and math.isfinite(factor)):
+    if not (off < max(1e-3, tolerance(model.dtype)) and math.isfinite(factor)):
         raise ModelError(
             f"the attention scores of layer {layer} of {model.name} ({model.cfg.architecture}) are not the products of its "
             f"queries and keys{'' if turns is None else ', turned by their positions'} (off by {off:.0%}): it does more to them, "

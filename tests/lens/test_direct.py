@@ -237,6 +237,7 @@ def test_models_without_mlps(tokens: Tensor) -> None:
 MESSAGES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "by": ({"by": "heads"}, MetricError, "by='heads': Did you mean 'head'?"),
     "over": ({"over": ("head",)}, SelectorError, "over=('head',): parts can be split by ('pos',), or not at all"),
+    "over as a text": ({"over": "pos"}, SelectorError, "over='pos': parts can be split by ('pos',), or not at all"),
     "pos and over": (
         {"over": ("pos",), "pos": 2}, SelectorError, "over=('pos',) is every position, pos=2 is one; give one of them",
     ),

@@ -240,6 +240,16 @@ def test_messages(gpt2_of: Callable[[int], Any]) -> None:
         assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_circuits_in_other_precisions(architecture: str, dtype: torch.dtype) -> None:
+    exact = mi.load(module_of(architecture), name="m")
+    rounded = mi.load(module_of(architecture).to(dtype), name="m")
+    for head in range(HEADS):
+        one, other = (mi.qk_circuit(each, f"L1.H{head}").AB for each in (exact, rounded))
+        assert float((one - other).norm() / one.norm()) < 0.02
+
+
 def test_normed_queries_have_no_circuit() -> None:
     import transformers as hf
 
@@ -247,10 +257,14 @@ def test_normed_queries_have_no_circuit() -> None:
         num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=48, head_dim=8,
         vocab_size=VOCAB, max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model = mi.load(hf.Qwen3ForCausalLM(config).eval(), name="qwen")
-    with pytest.raises(ModelError) as caught:
-        mi.qk_circuit(model, "L0.H1")
-    assert str(caught.value).startswith("the attention scores of layer 0 of qwen (Qwen3ForCausalLM) are not the products of its")
+    torch.manual_seed(0)
+    module = hf.Qwen3ForCausalLM(config).eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = mi.load(copy.deepcopy(module).to(dtype), name="qwen")
+        with pytest.raises(ModelError) as caught:
+            mi.qk_circuit(model, "L0.H1")
+        message = "the attention scores of layer 0 of qwen (Qwen3ForCausalLM) are not the products of its"
+        assert str(caught.value).startswith(message)
     with pytest.raises(ModelError) as caught:
         mi.composition(model, "q")
     assert str(caught.value) == "qwen has one layer, so no head reads another"
