@@ -14,6 +14,7 @@ from torch import Tensor
 import mechinterp as mi
 from mechinterp.errors import GraphError, ModelError
 from mechinterp.lens.folding import reading, writing
+from tests.core.architectures import module_of as wider_module_of
 from tests.core.conftest import ARCHITECTURES, D_HEAD, HEADS, VOCAB, Plain, module_of
 
 TOKENS = torch.randint(0, VOCAB, (2, 6), generator=torch.Generator().manual_seed(3))
@@ -248,6 +249,49 @@ def test_circuits_in_other_precisions(architecture: str, dtype: torch.dtype) -> 
     for head in range(HEADS):
         one, other = (mi.qk_circuit(each, f"L1.H{head}").AB for each in (exact, rounded))
         assert float((one - other).norm() / one.norm()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["Phi", "StableLM", "Phi-3"])
+def test_where_only_some_coordinates_turn(name: str) -> None:
+    """The rotation written down: the first coordinates of a head in pairs half of them apart, the others as they are."""
+    module = wider_module_of(name)
+    turning = int(D_HEAD * module.config.rope_parameters.get("partial_rotary_factor", 1.0))
+    model = mi.load(module, name="m")
+    theta = module.config.rope_parameters["rope_theta"]
+    q, k = reading(model, 1, "q")[2].double(), reading(model, 1, "k")[2 * model.cfg.n_kv_heads // 4].double()
+
+    def turned(weight: Tensor, place: int) -> Tensor:
+        angle = place * theta ** (-torch.arange(0, turning, 2).double() / turning)
+        one, other, rest = weight.split([turning // 2, turning // 2, D_HEAD - turning], dim=-1)
+        return torch.cat([one * angle.cos() - other * angle.sin(), other * angle.cos() + one * angle.sin(), rest], dim=-1)
+
+    for distance in (0, 3):
+        found = mi.qk_circuit(model, "L1.H2", distance=distance).AB
+        assert torch.allclose(found, (turned(q, 4 + distance) @ turned(k, 4).T).float(), atol=1e-5)
+    if name != "Phi-3":
+        assert turning < D_HEAD
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "Gemma 3",
+            "the attention scores of layer 1 of m (Gemma3ForCausalLM) are not the products of its queries and keys, turned",
+        ),
+        ("Bloom", "the attention scores of layer 1 of m (BloomForCausalLM) are not the products of its queries and keys (off by"),
+        (
+            "GPT-J",
+            "the queries and keys of m (GPTJForCausalLM) are turned by their positions, but its code has no one module "
+            "rotary_emb and function apply_rotary_pos_emb to take the angles from, so where a head looks cannot be told from its "
+            "weights",
+        ),
+    ],
+)
+def test_what_else_has_no_circuit(name: str, message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        mi.qk_circuit(mi.load(wider_module_of(name), name="m"), "L1.H2", distance=0 if name == "Bloom" else 2)
+    assert str(caught.value).startswith(message)
 
 
 def test_normed_queries_have_no_circuit() -> None:
