@@ -26,9 +26,10 @@ _COLOURS = {"prob": ("probability of the likeliest token", "Blues"), "entropy": 
 
 
 def shown(text: str) -> str:
-    """A token as it can be read in a cell: without the space in front, line ends visible."""
+    """A token as it can be read in a cell: without the space in front, line ends and what has no width visible."""
     inner = text.strip(" ") or text.replace(" ", "·")
-    return inner.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    inner = inner.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in inner)
 
 
 def html_table(reading: LensReading, example: int) -> str:

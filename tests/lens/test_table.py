@@ -115,6 +115,7 @@ def test_what_cannot_be_drawn() -> None:
 
 def test_tokens_can_be_read() -> None:
     assert [shown(text) for text in (" Mary", "\n\n", "  ", "a\tb", "\r")] == ["Mary", "⏎⏎", "··", "a⇥b", "␍"]
+    assert [shown(text) for text in ("\u200b", " \x1b", "é")] == ["\\u200b", "\\x1b", "é"]
 
 
 def test_settled_is_for_good() -> None:
