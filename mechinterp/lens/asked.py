@@ -86,10 +86,16 @@ def as_targets(model: Model, targets: Targets, batch: int, what: str = "targets"
     if targets is None:
         return None
     listed = [targets] if isinstance(targets, str) else targets
-    if not isinstance(listed, Tensor) and listed and all(isinstance(each, str) for each in listed):
+    if isinstance(listed, Sequence) and listed and all(isinstance(each, str) for each in listed):
         ids = torch.tensor([_token(model, str(each), what) for each in listed]).expand(batch, -1)
     else:
-        ids = torch.as_tensor(listed).cpu()
+        try:
+            ids = torch.as_tensor(listed).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise TaskError(
+                f"{what}={targets!r}: give token ids [batch] or [batch k] (-1 fills rows that have fewer), or texts of tokens, "
+                "not both"
+            ) from None
         if ids.is_floating_point() or ids.ndim not in (1, 2) or len(ids) != batch or not ids.numel():
             raise TaskError(
                 f"{what} of shape {list(ids.shape)} for {batch} prompts: give token ids [batch] or [batch k], or the texts of "

@@ -118,7 +118,7 @@ def direct_logits(
     if by not in BY:
         raise MetricError(f"by={by!r}: {did_you_mean(by, BY)}")
     if tuple(over) not in ((), ("pos",)):
-        raise SelectorError(f"over={tuple(over)!r}: parts can be split by ('pos',), or not at all")
+        raise SelectorError(f"over={over!r}: parts can be split by ('pos',), or not at all")
     check_written(model)
     given = batch_of(model, prompts)
     model.check_tokens(given.tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,6 +128,8 @@ def fit_tuned_lens(
     for name, value in counts.items():
         if value < 1:
             raise SelectorError(f"{name}={value}: give 1 or more")
+    if not 0 < lr < math.inf:
+        raise SelectorError(f"lr={lr}: give a rate above 0")
     data = _Data.split(given, held_out, seed=seed)
     said = {
         "model": model.describe(),

@@ -77,7 +77,7 @@ class HeadScores:
         Returns
         -------
         dict
-            ``{"a5.h1": ("induction",)}``, strongest heads first.
+            ``{"a5.h1": ("induction",)}``, strongest heads first, those that are nothing but a sink behind all others.
         """
         p, found = self.adjusted(correction), {}
         for layer, head in torch.cartesian_prod(*(torch.arange(size) for size in self.distance.shape)).tolist():
@@ -92,13 +92,21 @@ class HeadScores:
             sorts = {name: score for name, score in sorts.items() if name not in implied}
             if sorts:
                 found[str(Node("head", layer, head))] = sorts
-        ranked = sorted(found, key=lambda node: -max(found[node].values()))
+        # There are many of these, and they say least.
+        ranked = sorted(found, key=lambda node: ("bos_sink" in found[node], -max(found[node].values())))
         return {node: tuple(sorted(found[node], key=lambda name: -found[node][name])) for node in ranked}
 
-    def labels(self, *, alpha: float = 0.01, least: float = 0.2, correction: str = "holm") -> dict[str, str]:
-        """The same as words for diagrams: ``mi.draw(circuit, labels=scores.labels())``."""
+    def labels(self, *, alpha: float = 0.01, least: float = 0.2, correction: str = "holm", sinks: bool = False) -> dict[str, str]:
+        """The same as words for diagrams: ``mi.draw(circuit, labels=scores.labels())``.
+
+        Heads that are nothing but a BOS sink (in many models most of them) have no label, unless ``sinks=True``.
+        """
         named = self.named(alpha=alpha, least=least, correction=correction)
-        return {node: ", ".join(self._word(node, name) for name in sorts) for node, sorts in named.items()}
+        return {
+            node: ", ".join(self._word(node, name) for name in sorts)
+            for node, sorts in named.items()
+            if sinks or sorts != ("bos_sink",)
+        }
 
     def _word(self, node: str, name: str) -> str:
         if name != "positional":
@@ -135,9 +143,12 @@ class HeadScores:
         for sorts in self.named().values():
             for name in sorts:
                 counts[DETECTORS[name].label] = counts.get(DETECTORS[name].label, 0) + 1
-        found = ", ".join(f"{count} {label}" for label, count in sorted(counts.items(), key=lambda item: -item[1]))
+        sink = DETECTORS["bos_sink"].label
+        ranked = sorted(counts.items(), key=lambda item: (item[0] == sink, -item[1]))
+        found = ", ".join(f"{count} {label}" for label, count in ranked)
         about = self.provenance
-        return f"HeadScores: {about.get('model')}, {about.get('prompts')} prompts; {found or 'no head of a known sort'}"
+        many = f"{about.get('prompts')} prompt{'' if about.get('prompts') == 1 else 's'}"
+        return f"HeadScores: {about.get('model')}, {many}; {found or 'no head of a known sort'}"
 
     def _repr_html_(self) -> str:
         heads = ("head", "sort", "score", "null", "p (Holm)", "null is")

@@ -44,7 +44,7 @@ def said_twice(model: Model, *, n: int, length: int | None, seed: int | None) ->
     bos = getattr(model.hf.config, "bos_token_id", None)
     if model.tokenizer is None:
         # Ids are drawn; the token that stands in front is none of them.
-        front, choices = drawable(model.cfg.d_vocab, bos if isinstance(bos, int) else False)
+        front, choices = drawable(model.cfg.d_vocab, bos if isinstance(bos, int) and 0 <= bos < model.cfg.d_vocab else False)
     else:
         front, choices = drawable(model.tokenizer)
     room = min((model.cfg.n_ctx - len(front)) // 2, len(choices) // 2)

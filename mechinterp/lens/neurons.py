@@ -189,6 +189,8 @@ def top_tokens(
             raise SelectorError(f"{site} is no neuron; write 'L3.N17.mlp_post', or 'L3.N*.mlp_post' for all of a layer")
     if k < 1:
         raise SelectorError(f"k={k}: give the number of places for each neuron, 1 or more")
+    if window < 0:
+        raise SelectorError(f"window={window}: give the number of tokens to keep on each side, 0 or more")
     wholes = Selection(tuple(dict.fromkeys(site.whole for site in sites)))
     best: list[list[tuple[float, int, Activating]]] = [[] for _ in sites]
     # A neuron's place in its activation, so that those of one activation are looked at together.

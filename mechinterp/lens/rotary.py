@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mechinterp.core.laws import tolerance
 from mechinterp.core.model import Model
 from mechinterp.core.run import run
 from mechinterp.core.select import Selection
@@ -42,6 +44,12 @@ def rotation(model: Model, layer: int, distance: int) -> Tensor:
             f"distance={distance}: a query stands 0 to {model.cfg.n_ctx - 1} positions behind its key in {model.name}"
         )
     turns = _turns(model, layer)
+    if turns is None and model.cfg.positional == "rotary":
+        raise ModelError(
+            f"the queries and keys of {model.name} ({model.cfg.architecture}) are turned by their positions, but its code has no "
+            "one module rotary_emb and function apply_rotary_pos_emb to take the angles from, so where a head looks cannot be "
+            "told from its weights"
+        )
     if turns is None and distance:
         raise ModelError(
             f"the positions of {model.name} are {model.cfg.positional}: they do not turn queries and keys, so that the distance "
@@ -60,7 +68,11 @@ def _turns(model: Model, layer: int) -> Any:
         return None
     found = [module for name, module in model.hf.named_modules() if name.endswith("rotary_emb")]
     apply = _apply(model, layer)
-    return (found[0], apply) if len(found) == 1 and apply is not None else None
+    if len(found) != 1 or apply is None:
+        return None
+    # Gemma 3 has other angles in layers with a window.
+    windowed = hasattr(found[0], "layer_types")
+    return (partial(found[0], layer_type=model.hf.config.layer_types[layer]) if windowed else found[0]), apply
 
 
 def _apply(model: Model, layer: int) -> Any:
@@ -75,8 +87,14 @@ def _turned(model: Model, turns: Any, places: Tensor) -> Tensor:
     basis = torch.eye(size, device=model.device).expand(len(places), -1, -1)
     cos, sin = angles(basis, places[None])
     # One basis vector for each head: [batch head pos d_head].
-    rows = basis.transpose(0, 1)[None]
-    return apply(rows, rows, cos.float(), sin.float())[0][0].transpose(0, 1)
+    rows, angles = basis.transpose(0, 1)[None], (cos.float(), sin.float())
+    try:
+        turned = apply(rows, rows, *angles)[0]
+    except RuntimeError:
+        # Some architectures split off the coordinates that do not turn before they call it (Phi, StableLM).
+        part = rows[..., : cos.shape[-1]]
+        turned = torch.cat([apply(part, part, *angles)[0], rows[..., cos.shape[-1] :]], dim=-1)
+    return turned[0].transpose(0, 1)
 
 
 def _check(model: Model, layer: int, turns: Any) -> None:
@@ -101,9 +119,9 @@ def _check(model: Model, layer: int, turns: Any) -> None:
     given, expected = given[seen_keys], expected[seen_keys]
     factor = float((given * expected).sum() / expected.pow(2).sum().clamp(min=1e-30))
     off = float((given - factor * expected).abs().max() / given.abs().max().clamp(min=1e-30))
-    if not (off < 1e-3 and math.isfinite(factor)):
+    if not (off < max(1e-3, tolerance(model.dtype)) and math.isfinite(factor)):
         raise ModelError(
             f"the attention scores of layer {layer} of {model.name} ({model.cfg.architecture}) are not the products of its "
             f"queries and keys{'' if turns is None else ', turned by their positions'} (off by {off:.0%}): it does more to them, "
-            "such as a norm, so no matrix between them says where a head looks"
+            "such as a norm, or a number for the distance (ALiBi), so no matrix between them says where a head looks"
         )

@@ -172,5 +172,9 @@ class Attention:
         batch, _, q, k = self.values.shape
         kind = "head" if "." in self.names[0] else "layer"
         many = f"{len(self.names)} {kind}{'s' if len(self.names) > 1 else ''}" if self.names != ("flow",) else "one position"
-        over = f"mean over {self.provenance.get('prompts')} prompts" if self.provenance.get("average") else f"{batch} prompts"
+        over = (
+            f"mean over {self.provenance.get('prompts')} prompts"
+            if self.provenance.get("average")
+            else f"{batch} prompt{'' if batch == 1 else 's'}"
+        )
         return f"Attention: {self.quantity}; {many}, {over}, {q} x {k} positions"

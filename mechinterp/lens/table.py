@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -25,9 +26,10 @@ _COLOURS = {"prob": ("probability of the likeliest token", "Blues"), "entropy": 
 
 
 def shown(text: str) -> str:
-    """A token as it can be read in a cell: without the space in front, line ends visible."""
+    """A token as it can be read in a cell: without the space in front, line ends and what has no width visible."""
     inner = text.strip(" ") or text.replace(" ", "·")
-    return inner.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    inner = inner.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in inner)
 
 
 def html_table(reading: LensReading, example: int) -> str:
@@ -112,7 +114,9 @@ def draw_table(reading: LensReading, example: int, by: str) -> Figure:
     lens, model = reading.provenance.get("lens", "lens"), reading.provenance.get("model", "")
     what = "What each part adds, read alone" if reading.provenance.get("contributions") else "The likeliest next token"
     title = f"{what}, through the {lens} of {model} (bold: the model's own)"
-    axes.set_title(title + (f"\n{note}" if note else ""), fontsize=9)
+    # As wide as the figure: constrained layout does not break titles.
+    lines = wrap(title, max(24, int(14 * figure.get_figwidth()))) + ([note] if note else [])
+    figure.suptitle("\n".join(lines), fontsize=9)
     axes.set_xlabel("token read", fontsize=8)
     figure.colorbar(image, ax=axes, label=_COLOURS[by][0], pad=0.01)
     return figure

@@ -146,8 +146,12 @@ class TunedLens:
         n, d = self.weight.shape[:2]
         told = ""
         if "held_out_kl" in self.provenance:
-            before, after = (sum(self.provenance[key]) / n for key in ("held_out_kl_logit_lens", "held_out_kl"))
-            told = f"; held-out KL to the final logits {after:.2f} nats, {before:.2f} through the logit lens (means over layers)"
+            kls = [self.provenance[key] for key in ("held_out_kl_logit_lens", "held_out_kl")]
+            before, after = (sum(each) / len(each) for each in kls)
+            fitted = "layers" if len(kls[0]) == n else f"the {len(kls[0])} fitted layers"
+            told = (
+                f"; held-out KL to the final logits {after:.2f} nats, {before:.2f} through the logit lens (means over {fitted})"
+            )
         return f"TunedLens: {n} translators of width {d} for {name}{f' ({method})' if method else ''}{told}"
 
 

@@ -182,7 +182,12 @@ def copying_scores(model: Model, *, mlp0: bool = False) -> Effects:
     coords = {"layer": tuple(range(cfg.n_layers)), "head": tuple(range(cfg.n_heads))}
     read = "tokens and the first MLP" if mlp0 else "tokens"
     return Effects(
-        f"copying score of {read}", ("layer", "head"), coords, scores[..., None], {}, {"model": model.name, "mlp0": mlp0}
+        f"copying score of {read}",
+        ("layer", "head"),
+        coords,
+        scores[..., None],
+        {},
+        {"model": model.name, "mlp0": mlp0, "metric": "score"},
     )
 
 
@@ -273,7 +278,8 @@ def composition(model: Model, port: str, *, unit: Literal["z", "score"] = "z", f
         ]
     values = torch.cat(found)[:, None]
     named = f"{port.upper()}-composition" + (", standard deviations from a random rotation" if unit == "z" else "")
-    about = {"model": model.name, "port": port, "unit": unit, "folded": folded}
+    metric = "standard deviations" if unit == "z" else "score"
+    about = {"model": model.name, "port": port, "unit": unit, "metric": metric, "folded": folded}
     return Effects(named, ("edge",), {"edge": tuple(tuple(edge) for edge in edges)}, values, {"chance": cfg.d_model**-0.5}, about)
 
 

@@ -24,8 +24,9 @@ def check_written(model: Model) -> None:
     for name in ("attn_out", "mlp_out", "z"):
         if name not in model.sites:
             raise ModelError(
-                f"the residual stream of {model.name} is not the sum of what its heads and MLPs write: "
-                f"{model.audit.refused[name]}"
+                f"the residual stream of {model.name} is not the sum of what its heads and MLPs write: logits cannot be split "
+                "among them. mi.logit_lens reads the stream after each layer, and mi.patch measures what each part does. What "
+                f"does not hold: {model.audit.refused[name]}"
             )
 
 

@@ -237,6 +237,7 @@ def test_models_without_mlps(tokens: Tensor) -> None:
 MESSAGES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "by": ({"by": "heads"}, MetricError, "by='heads': Did you mean 'head'?"),
     "over": ({"over": ("head",)}, SelectorError, "over=('head',): parts can be split by ('pos',), or not at all"),
+    "over as a text": ({"over": "pos"}, SelectorError, "over='pos': parts can be split by ('pos',), or not at all"),
     "pos and over": (
         {"over": ("pos",), "pos": 2}, SelectorError, "over=('pos',) is every position, pos=2 is one; give one of them",
     ),
@@ -270,8 +271,13 @@ def test_tokens_have_no_answers(pair: Callable[[str], Pair], tokens: Tensor) -> 
 
 
 def test_a_stream_that_is_no_sum(pair: Callable[[str], Pair], task: mi.Task) -> None:
-    with pytest.raises(ModelError, match=r"^the residual stream of OPT-350M \(norm after\) is not the sum of what its heads and"):
+    with pytest.raises(ModelError) as caught:
         mi.direct_logits(pair(NO_SUM).model, task)
+    assert str(caught.value).startswith(
+        "the residual stream of OPT-350M (norm after) is not the sum of what its heads and MLPs write: logits cannot be split "
+        "among them. mi.logit_lens reads the stream after each layer, and mi.patch measures what each part does. What does not "
+        "hold: on OPTForCausalLM resid_pre + attn_out = mlp_in"
+    )
 
 
 def test_a_part_that_nobody_knows_of(pair: Callable[[str], Pair], task: mi.Task, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,8 +65,10 @@ def test_a_planted_translation(tiny_gpt2: Callable[..., Any]) -> None:
     moved = (lens.translate("L1.resid_pre", stream) - stream).flatten(0, 1)
     centred = constant - constant.mean()
     assert float(torch.cosine_similarity(moved - moved.mean(-1, keepdim=True), centred, dim=-1).mean()) > 0.6
-    # Layers that were not asked for keep the identity.
+    # Layers that were not asked for keep the identity, and are no part of the mean that it tells.
     assert not lens.weight[0].any()
+    told = f"; held-out KL to the final logits {after:.2f} nats, {before:.2f} through the logit lens"
+    assert repr(lens).endswith(told + " (means over the 1 fitted layers)")
 
 
 def test_the_first_step_by_hand(shape: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +165,8 @@ def test_seeds_and_padding(pair: Callable[[str], Pair]) -> None:
 
 MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
     "steps": ({"steps": 0}, "steps=0: give 1 or more"),
+    "no rate": ({"lr": -1e-3}, "lr=-0.001: give a rate above 0"),
+    "no number": ({"lr": float("nan")}, "lr=nan: give a rate above 0"),
     "held out": ({"held_out": 1.0}, "held_out=1.0 is the share of prompts to hold out, between 0 and 1"),
     "layers": ({"layers": [4]}, "layers=[4]: give one or more of the layers 0 to 3 of Llama"),
 }

@@ -225,8 +225,12 @@ def test_what_a_sort_implies_is_not_said_again() -> None:
     effects = {name: scored(name, value) for name, value in values.items()}
     p = {name: torch.full((1, 2), 1e-9, dtype=torch.float64) for name in values}
     scores = mi.HeadScores(effects, effects, p, torch.tensor([[2, 2]]))
-    assert scores.named() == {"a0.h1": ("bos_sink",), "a0.h0": ("induction", "duplicate_token")}
-    assert scores.labels() == {"a0.h1": "BOS sink", "a0.h0": "induction, duplicate token"}
+    assert scores.named() == {"a0.h0": ("induction", "duplicate_token"), "a0.h1": ("bos_sink",)}
+    # Mere sinks come last, however strong, and are no label unless asked for.
+    assert list(scores.named()) == ["a0.h0", "a0.h1"]
+    assert scores.labels() == {"a0.h0": "induction, duplicate token"}
+    assert scores.labels(sinks=True) == {"a0.h0": "induction, duplicate token", "a0.h1": "BOS sink"}
+    assert repr(scores).endswith("; 1 induction, 1 duplicate token, 1 BOS sink")
     assert scores.named(least=0.95) == {} == scores.named(alpha=1e-9)
 
 
@@ -259,6 +263,14 @@ def test_in_parts_and_padded_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # -- chance -------------------------------------------------------------------------------------------
+
+
+def test_a_first_token_outside_of_the_vocabulary_is_none() -> None:
+    """What a configuration says of a tokenizer that is not the model's (GPT-2's default, over a small vocabulary)."""
+    module = module_of("gpt2")
+    module.config.bos_token_id = 50256
+    plain, repeated = said_twice(mi.load(module, name="m"), n=2, length=5, seed=0)
+    assert plain.tokens.shape == repeated.tokens.shape == (2, 10)
 
 
 def test_sign_test_is_the_binomial_one() -> None:

@@ -289,6 +289,23 @@ MESSAGES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "targets of shape [2] for 3 prompts: give token ids [batch] or [batch k], or the texts of tokens that are asked of every "
         "prompt",
     ),
+    "a number": (
+        {"targets": 5},
+        TaskError,
+        "targets of shape [] for 3 prompts: give token ids [batch] or [batch k], or the texts of tokens that are asked of every "
+        "prompt",
+    ),
+    "ids and texts": (
+        {"targets": ["a", 1, 2]},
+        TaskError,
+        "targets=['a', 1, 2]: give token ids [batch] or [batch k] (-1 fills rows that have fewer), or texts of tokens, not both",
+    ),
+    "rows of unequal length": (
+        {"targets": [[1, 2], [3], [4]]},
+        TaskError,
+        "targets=[[1, 2], [3], [4]]: give token ids [batch] or [batch k] (-1 fills rows that have fewer), or texts of tokens, "
+        "not both",
+    ),
     "ids": (
         {"targets": [1, 2, 61]},
         TaskError,
@@ -302,6 +319,7 @@ MESSAGES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("case", MESSAGES)
 def test_messages(case: str, pair: Callable[[str], Pair], task: mi.Task) -> None:
     options, kind, message = MESSAGES[case]

@@ -65,6 +65,11 @@ def test_a_corpus_is_read_once_in_any_parts_and_of_any_lengths(monkeypatch: pyte
     assert torch.allclose(whole.mean, parts.mean, atol=1e-6) and torch.allclose(whole.active, parts.active)
 
 
+def test_a_window_of_one_token() -> None:
+    (place,) = mi.top_tokens(mi.toys.memory().model, [[1, 2, 3]], "L0.N5.mlp_post", k=1, window=0)["L0.N5.mlp_post"]
+    assert len(place.window) == 1 and place.at == 0
+
+
 def test_memory_does_not_grow_with_the_corpus() -> None:
     model = mi.load(module_of("gpt2"), name="m")
 
@@ -202,6 +207,11 @@ def test_messages() -> None:
             lambda: mi.top_tokens(model, task, "L0.N0.mlp_post", k=0),
             SelectorError,
             "k=0: give the number of places for each neuron, 1 or more",
+        ),
+        (
+            lambda: mi.top_tokens(model, task, "L0.N0.mlp_post", window=-1),
+            SelectorError,
+            "window=-1: give the number of tokens to keep on each side, 0 or more",
         ),
         (
             lambda: mi.top_tokens(model, [[1], [2]], "L0.N0.mlp_post"),

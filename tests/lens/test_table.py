@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import xml.etree.ElementTree as ET
 from typing import Any
@@ -82,11 +83,27 @@ def test_the_table_as_a_figure(by: str, label: str) -> None:
     cells = [each for each in axes.texts if each.get_text() == "$own$"]
     assert len(cells) == 4
     assert all(each.get_fontweight() == "bold" for each in cells)
-    assert axes.get_title() == "The likeliest next token, through the logit lens of m (bold: the model's own)"
+    title = "The likeliest next token, through the logit lens of m (bold: the model's own)"
+    assert figure.get_suptitle().replace("\n", " ") == title
     # Dark cells have light letters, whichever end of the colours is dark.
     light = {each.get_color() for each in cells}
     assert light == {"white"}
     assert {each.get_color() for each in axes.texts if each.get_text() == "⏎" and each.get_position()[1] == 0} == {"black"}
+
+
+def test_a_title_is_no_wider_than_its_figure() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    one = reading()
+    narrow = dataclasses.replace(
+        one, pos=one.pos[:1], tokens=one.tokens[:, :1], final=one.final[:, :1], top=one.top[:, :, :1],
+        top_log_probs=one.top_log_probs[:, :, :1], entropy=one.entropy[:, :, :1], kl=one.kl[:, :, :1],
+    )  # fmt: skip
+    for figure in (narrow.plot(), one.plot()):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        box = figure._suptitle.get_window_extent(canvas.get_renderer())  # type: ignore[attr-defined]
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
 
 
 def test_what_cannot_be_drawn() -> None:
@@ -98,6 +115,7 @@ def test_what_cannot_be_drawn() -> None:
 
 def test_tokens_can_be_read() -> None:
     assert [shown(text) for text in (" Mary", "\n\n", "  ", "a\tb", "\r")] == ["Mary", "⏎⏎", "··", "a⇥b", "␍"]
+    assert [shown(text) for text in ("\u200b", " \x1b", "é")] == ["\\u200b", "\\x1b", "é"]
 
 
 def test_settled_is_for_good() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import mechinterp as mi
 from mechinterp.errors import GraphError, ModelError
 from mechinterp.lens.folding import reading, writing
+from tests.core.architectures import module_of as wider_module_of
 from tests.core.conftest import ARCHITECTURES, D_HEAD, HEADS, VOCAB, Plain, module_of
 
 TOKENS = torch.randint(0, VOCAB, (2, 6), generator=torch.Generator().manual_seed(3))
@@ -240,6 +241,59 @@ def test_messages(gpt2_of: Callable[[int], Any]) -> None:
         assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_circuits_in_other_precisions(architecture: str, dtype: torch.dtype) -> None:
+    exact = mi.load(module_of(architecture), name="m")
+    rounded = mi.load(module_of(architecture).to(dtype), name="m")
+    for head in range(HEADS):
+        one, other = (mi.qk_circuit(each, f"L1.H{head}").AB for each in (exact, rounded))
+        assert float((one - other).norm() / one.norm()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["Phi", "StableLM", "Phi-3"])
+def test_where_only_some_coordinates_turn(name: str) -> None:
+    """The rotation written down: the first coordinates of a head in pairs half of them apart, the others as they are."""
+    module = wider_module_of(name)
+    turning = int(D_HEAD * module.config.rope_parameters.get("partial_rotary_factor", 1.0))
+    model = mi.load(module, name="m")
+    theta = module.config.rope_parameters["rope_theta"]
+    q, k = reading(model, 1, "q")[2].double(), reading(model, 1, "k")[2 * model.cfg.n_kv_heads // 4].double()
+
+    def turned(weight: Tensor, place: int) -> Tensor:
+        angle = place * theta ** (-torch.arange(0, turning, 2).double() / turning)
+        one, other, rest = weight.split([turning // 2, turning // 2, D_HEAD - turning], dim=-1)
+        return torch.cat([one * angle.cos() - other * angle.sin(), other * angle.cos() + one * angle.sin(), rest], dim=-1)
+
+    for distance in (0, 3):
+        found = mi.qk_circuit(model, "L1.H2", distance=distance).AB
+        assert torch.allclose(found, (turned(q, 4 + distance) @ turned(k, 4).T).float(), atol=1e-5)
+    if name != "Phi-3":
+        assert turning < D_HEAD
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "Gemma 3",
+            "the attention scores of layer 1 of m (Gemma3ForCausalLM) are not the products of its queries and keys, turned",
+        ),
+        ("Bloom", "the attention scores of layer 1 of m (BloomForCausalLM) are not the products of its queries and keys (off by"),
+        (
+            "GPT-J",
+            "the queries and keys of m (GPTJForCausalLM) are turned by their positions, but its code has no one module "
+            "rotary_emb and function apply_rotary_pos_emb to take the angles from, so where a head looks cannot be told from its "
+            "weights",
+        ),
+    ],
+)
+def test_what_else_has_no_circuit(name: str, message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        mi.qk_circuit(mi.load(wider_module_of(name), name="m"), "L1.H2", distance=0 if name == "Bloom" else 2)
+    assert str(caught.value).startswith(message)
+
+
 def test_normed_queries_have_no_circuit() -> None:
     import transformers as hf
 
@@ -247,10 +301,14 @@ def test_normed_queries_have_no_circuit() -> None:
         num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=48, head_dim=8,
         vocab_size=VOCAB, max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model = mi.load(hf.Qwen3ForCausalLM(config).eval(), name="qwen")
-    with pytest.raises(ModelError) as caught:
-        mi.qk_circuit(model, "L0.H1")
-    assert str(caught.value).startswith("the attention scores of layer 0 of qwen (Qwen3ForCausalLM) are not the products of its")
+    torch.manual_seed(0)
+    module = hf.Qwen3ForCausalLM(config).eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = mi.load(copy.deepcopy(module).to(dtype), name="qwen")
+        with pytest.raises(ModelError) as caught:
+            mi.qk_circuit(model, "L0.H1")
+        message = "the attention scores of layer 0 of qwen (Qwen3ForCausalLM) are not the products of its"
+        assert str(caught.value).startswith(message)
     with pytest.raises(ModelError) as caught:
         mi.composition(model, "q")
     assert str(caught.value) == "qwen has one layer, so no head reads another"
