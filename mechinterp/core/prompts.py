@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ class Prompts(Protocol):
     def positions(self) -> Mapping[str, Tensor]: ...
 
 
-# Token ids [batch pos] or [pos], a task, a text, or rows of any lengths: ids or texts.
-Runnable = Tensor | Prompts | str | Sequence[Tensor | Sequence[int] | str]
+# Token ids [batch pos] or [pos], a task, a text, the ids of one prompt, or rows of any lengths: ids or texts.
+Runnable = Tensor | Prompts | str | Sequence[int] | Sequence[Tensor | Sequence[int] | str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +81,8 @@ def batch_of(model: Model, prompts: Runnable, mask: Tensor | None = None) -> Bat
     """
     if isinstance(prompts, Tensor | Prompts):
         tokens, positions = tokens_of(prompts)
+        if not tokens.numel():
+            raise TaskError(f"tokens of shape {list(tokens.shape)} hold no prompt with a token in it")
         if mask is not None and isinstance(prompts, Prompts):
             raise TaskError("a task brings its own mask; leave out mask=, or pass task.clean with it")
         lengths = getattr(prompts, "lengths", None) if mask is None else _lengths(tokens, mask)
@@ -89,7 +91,9 @@ def batch_of(model: Model, prompts: Runnable, mask: Tensor | None = None) -> Bat
         return Batch(tokens, positions, lengths)
     if mask is not None:
         raise TaskError("a list of prompts is padded here; pass mask= with a tensor of tokens that you padded yourself")
-    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+    if listed and all(isinstance(each, int) for each in listed):
+        listed = [listed]
     rows = [_ids(model, row) for row in listed]
     if not rows or not all(len(row) for row in rows):
         which = next((i for i, row in enumerate(rows) if not len(row)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -94,7 +95,7 @@ def attention(
         raise SelectorError(f"there is no way to weigh attention by {weigh!r}. {did_you_mean(weigh, WEIGHS)}")
     if metric is not None and weigh != "gradient":
         raise MetricError(f"metric= says whose gradient is meant; give it with weigh='gradient', not {weigh!r}")
-    sites = select(heads, model.cfg).sites
+    sites = select(_spelled(heads) if isinstance(heads, str) else heads, model.cfg).sites
     for site in sites:
         if site.name != "pattern" or site.pos is not None:
             raise SelectorError(f"{site} is not the attention of a head; write 'L9.H6.pattern' or 'L9.H*.pattern'")
@@ -232,6 +233,14 @@ def _checked_task(model: Model, prompts: object) -> Task:
     if not isinstance(prompts, Task):
         raise TaskError(f"weigh='gradient' reads a metric at the answers of an mi.Task, not of a {type(prompts).__name__}")
     return prompts
+
+
+def _spelled(heads: str) -> str:
+    """Heads may be named as on a diagram, ``a9.h6``, and without their site, ``L9.H6``."""
+    terms = (re.fullmatch(r"[La]([^.]+)\.[Hh]([^.\[]+)", term.strip()) for term in heads.split("|"))
+    return " | ".join(
+        term if match is None else f"L{match[1]}.H{match[2]}.pattern" for term, match in zip(heads.split("|"), terms, strict=True)
+    )
 
 
 def _heads(model: Model, site: Site) -> range:

@@ -135,6 +135,7 @@ SHORT = (
         (ROWS, {"keep": [3]}, SelectorError, "keep=[3]: prompt 1 has 3 tokens, and no position 3"),
         (ROWS, {"keep": [-4]}, SelectorError, "keep=[-4]: prompt 1 has 3 tokens, and no position -4"),
         ([[1, 2], []], {}, TaskError, "prompt 1 has no tokens; leave it out"),
+        (torch.zeros(2, 0, dtype=torch.long), {}, TaskError, "tokens of shape [2, 0] hold no prompt with a token in it"),
         ([], {}, TaskError, "there are no prompts"),
         (
             [torch.zeros(2, 2, dtype=torch.long)],
@@ -183,3 +184,7 @@ def test_more_refusals(gpt2: Any, tokens: Tensor) -> None:
         found["L0.z[5]"]
     # Leaving the short prompt out is what the message says.
     mi.run(gpt2, ROWS, edits=[mi.Zero("L0.z[4]", rows=(2, 3)), mi.Zero("L0.z[6]", rows=(0, 1))])
+
+
+def test_the_ids_of_one_prompt(gpt2: Any) -> None:
+    assert torch.equal(mi.run(gpt2, [1, 2, 3]).logits, mi.run(gpt2, torch.tensor([[1, 2, 3]])).logits)

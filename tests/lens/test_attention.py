@@ -211,3 +211,10 @@ def test_messages() -> None:
         with pytest.raises(error) as caught:
             call()
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("heads", ["L1.H5", "a1.h5", "a1.h5 | L1.H5.pattern"])
+def test_heads_are_named_as_elsewhere(heads: str) -> None:
+    toy = mi.toys.induction()
+    whole = mi.attention(toy.model, toy.task)
+    assert torch.equal(mi.attention(toy.model, toy.task, heads).values[:, 0], whole["L1.H5"])
