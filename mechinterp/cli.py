@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -398,14 +398,53 @@ def patch(
 
 
 @app.command()
-def tasks() -> None:
-    """List the tasks."""
+def tasks(
+    model: Annotated[str | None, typer.Option(help="Also say how well this model does each: accuracy, first choice, metric.")] = None,
+    n: Annotated[int, typer.Option(min=1, help="How many pairs, with --model.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the prompts, with --model.")] = 0,
+) -> None:
+    """List the tasks; with --model, how well the model does them, before anything is discovered."""
     from mechinterp.tasks import describe_tasks
 
+    if model is not None:
+        for line in _abilities(model, n, seed):
+            print(line)
+        return
     for name, line in describe_tasks().items():
         print(f"{name:<14} {line}")
     print(f"{'toy':<14} What was this toy made for? The own task of a model `toy:...`, see `mechinterp models`")
     print(f"{'any name':<14} with --pairs FILE, your own: a line holds {PAIR}")
+
+
+def _abilities(source: str, n: int, seed: int) -> Iterator[str]:
+    """A table of how well a model does the tasks, in Markdown; those that cannot be asked of it say why."""
+    import mechinterp as mi
+    from mechinterp.errors import TaskError
+
+    loaded = mi.load(source)
+    yield "| task | prompts | tokens | accuracy | on corrupt prompts | first choice | metric | clean | corrupt |"
+    yield "| --- | ---: | ---: | --- | ---: | ---: | --- | ---: | ---: |"
+    for name in fitting(source):
+        try:
+            found = mi.check_task(loaded, _task(loaded, name, None, None if name == "toy" else n, seed, usual=n))
+        except TaskError as error:
+            yield f"| {name} | | | {error} | | | | | |"
+            continue
+        low, high = found.interval
+        yield (
+            f"| {name} | {found.prompts} | {found.tokens} | {found.accuracy:.3f} ({low:.3f} to {high:.3f}) | "
+            f"{found.corrupt_accuracy:.3f} | {found.first:.3f} | {found.metric} | {found.clean:+.3f} | {found.corrupt:+.3f} |"
+        )
+
+
+def fitting(model: str) -> tuple[str, ...]:
+    """The tasks that a model can be asked: a toy those that it was made for, any other all that have a name."""
+    from mechinterp.tasks import TASKS
+
+    name = model.removeprefix("toy:")
+    if name == model:
+        return tuple(TASKS)
+    return ("induction", "toy") if name in REPEATING else ("toy",)
 
 
 @app.command()
@@ -414,9 +453,7 @@ def models() -> None:
     from mechinterp.zoo import describe_models
 
     for name, line in describe_models().items():
-        toy = name.removeprefix("toy:")
-        fits = "ioi, greater_than, induction" if toy == name else "induction, toy" if toy in REPEATING else "toy"
-        print(f"{name:<22} {line}. Tasks: {fits}")
+        print(f"{name:<22} {line}. Tasks: {', '.join(fitting(name))}")
 
 
 def main() -> None:
