@@ -38,6 +38,15 @@ SlopedMetric = Annotated[
 AnyMetric = Annotated[
     str | None, typer.Option("--metric", help="logit_diff, prob_diff, log_prob, accuracy, kl. Default: the task's own.")
 ]
+Thorough = Annotated[
+    bool,
+    typer.Option(
+        "--thorough",
+        help="Also completeness, minimality, other ablations, tests of hypotheses (some 200 passes); where a circuit is "
+        "found by scores, its size curve and stability.",
+    ),
+]
+ThoroughPrompts = Annotated[int, typer.Option(min=1, help="On how many of the prompts, with --thorough.")]
 # Toys whose model was made for (or trained on) repeated words.
 REPEATING = ("induction", "gqa_induction", "trained")
 
@@ -224,11 +233,14 @@ def discover(
     pairs: TaskFile = None,
     random_circuits: Annotated[int, typer.Option(min=0, help="Random circuits of equal size to compare with.")] = 5,
     heads: Annotated[int, typer.Option(min=1, help="How many heads the report describes.")] = 12,
+    thorough: Thorough = False,
+    thorough_prompts: ThoroughPrompts = 16,
     force: Annotated[bool, typer.Option("--force", help="Write over the circuit of another task or model.")] = False,
 ) -> None:
     """Find the circuit of a task, judge it on held-out prompts, and write graph, diagrams and report."""
     import mechinterp as mi
-    from mechinterp.discovery.discover import check_choices, check_method
+    from mechinterp.discovery.choosing import Search
+    from mechinterp.discovery.discover import check_choices, check_method, find
     from mechinterp.discovery.report import save_all
 
     started = time.perf_counter()
@@ -243,10 +255,20 @@ def discover(
     _check_folder(folder, prompts.name, loaded.name, force)
     found_on, held_out = prompts.split(seed=seed)
     _say(f"{prompts!r}; {len(found_on)} to find the circuit, {len(held_out)} to judge it")
-    options: dict[str, Any] = {"method": method, "edges": edges, "selection": selection, "steps": steps}
-    options |= {"metric": metric, "seed": seed}
-    circuit = mi.discover(loaded, found_on, progress=True, **options)
-    report = mi.evaluate(circuit, loaded, held_out, seed=seed, random_circuits=random_circuits, metric=metric, progress=True)
+    search = Search(
+        model=loaded,
+        task=found_on,
+        edges=edges,
+        selection=selection,
+        steps=steps,
+        metric=metric,
+        seed=seed,
+        progress=True,
+    )
+    circuit, scores = find(search, method)
+    judged: dict[str, Any] = {"random_circuits": random_circuits, "metric": metric, "seed": seed, "progress": True}
+    judged |= {"thorough": thorough, "thorough_prompts": thorough_prompts, "scores": scores}
+    report = mi.evaluate(circuit, loaded, held_out, **judged)
     stories = mi.describe(circuit, loaded, found_on, heads=heads)
     command = ["mechinterp", *sys.argv[1:]]
     paths = save_all(folder, circuit, report, stories, command=command, seconds=time.perf_counter() - started)
@@ -292,10 +314,8 @@ def evaluate(
     ablation: Annotated[
         str, typer.Option(help="What edges outside carry: zero, mean, mean-pos, resample, resample-shuffled, optimal.")
     ] = "resample",
-    thorough: Annotated[
-        bool,
-        typer.Option("--thorough", help="Also completeness, minimality, other ablations, tests of hypotheses (some 200 passes)."),
-    ] = False,
+    thorough: Thorough = False,
+    thorough_prompts: ThoroughPrompts = 16,
 ) -> None:
     """Judge a saved circuit on prompts that did not find it."""
     import mechinterp as mi
@@ -314,6 +334,7 @@ def evaluate(
     loaded = mi.load(source)
     prompts = _fresh(circuit, loaded, task, pairs, n, seed)
     chosen: dict[str, Any] = {"ablation": ablation, "random_circuits": random_circuits, "metric": metric, "thorough": thorough}
+    chosen["thorough_prompts"] = thorough_prompts
     print(mi.evaluate(circuit, loaded, prompts, seed=seed, progress=True, **chosen))
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mechinterp.core.ablation import Ablation
+from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
+from mechinterp.discovery.discover import score_again
 from mechinterp.discovery.evaluate import evaluate
 from mechinterp.errors import FileFormatError, MetricError, TaskError
 from mechinterp.graph import Circuit
@@ -100,7 +102,8 @@ def verify(
 
     Notes
     -----
-    Cost: that of `mechinterp.evaluate`; ``quick`` 3 forward passes over the prompts. That the recorded command finds these very
+    Cost: that of `mechinterp.evaluate`; ``quick`` 3 forward passes over the prompts. Where a size
+    curve or stability is claimed, edges are scored again on the prompts that found the circuit. That the recorded command finds these very
     edges again is not checked: run the command.
     """
     certificate = circuit.certificate
@@ -109,6 +112,7 @@ def verify(
     if certificate.metric not in METRICS:
         raise MetricError(f"the circuit was judged by {certificate.metric!r}, a metric without a name here; evaluate it yourself")
     task = rebuild_task(model, certificate.prompts, certificate.task, pairs=pairs)
+    further = {} if quick else certificate.claims.get("further", {})
     again = evaluate(
         circuit,
         model,
@@ -118,7 +122,9 @@ def verify(
         random_circuits=0 if quick else certificate.random_circuits,
         resamples=certificate.resamples,
         confidence=certificate.confidence,
-        thorough=not quick and "further" in certificate.claims,
+        thorough=bool(further),
+        thorough_prompts=further.get("prompts", len(task)),
+        scores=_scores(circuit, model, further, pairs, progress),
         metric=certificate.metric,
         progress=progress,
     ).to_json()
@@ -131,6 +137,17 @@ def verify(
             checks.append(Check(label, value, found.get(label, "nothing"), _tolerance(label, value, len(task))))
     unchecked = [f"{name} (--quick)" for name in skipped if name in certificate.claims]
     return Verification(certificate, tuple(checks), (*unchecked, "that its command finds the same edges again (make circuits)"))
+
+
+def _scores(
+    circuit: Circuit, model: Model, further: Mapping[str, Any], pairs: Path | None, progress: bool
+) -> Effects | None:
+    """The scores that the circuit was chosen by, if the file claims something of them."""
+    if not {"curve", "stability"} & set(further):
+        return None
+    origin = circuit.provenance
+    found_on = rebuild_task(model, origin["task_provenance"], origin["task"], pairs=pairs)
+    return score_again(circuit, model, found_on, progress=progress)
 
 
 def rebuild_task(model: Model, made: Mapping[str, Any], name: str, *, pairs: Path | None = None) -> Task:
@@ -222,6 +239,11 @@ def _tolerance(name: str, claimed: float | str, prompts: int) -> float:
     # How many of few: a near tie may fall on the other side.
     if name == "beats_random" or name.endswith((".no_drop", ".needless")):
         return 1.0
+    # Scores that are nearly equal may be ranked the other way: of many edges a few.
+    if name.endswith(".core") or name.startswith("further.curve.connected"):
+        return max(1.0, 0.02 * float(claimed))
+    if name.startswith("further.stability."):
+        return 0.01
     return max(ABSOLUTE, RELATIVE * abs(claimed))
 
 

@@ -86,7 +86,7 @@ def test_thorough_claims_are_measured_again() -> None:
     toy = mi.toys.induction(n=4)
     truth = toy.truth["zero"]
     report = mi.evaluate(truth, toy.model, toy.task, seed=0, random_circuits=0, ablation="zero", thorough=True)
-    assert set(report.further) == {"completeness", "minimality", "hypotheses", "ablations"}
+    assert set(report.further) == {"prompts", "completeness", "minimality", "without", "hypotheses", "ablations"}
     assert report.further["completeness"]["worst"] < 1e-3 and report.further["hypotheses"]["rejected"] == []
     assert "hypotheses of an ideal circuit: equivalence p 1" in repr(report)
     assert "incompleteness 0.000 with nothing removed" in repr(report)
