@@ -26,6 +26,7 @@ __all__ = ["Check", "Verification", "rebuild_task", "verify"]
 # Other machines and versions round differently; what was drawn by chance is drawn by the same seed.
 RELATIVE, ABSOLUTE = 2e-3, 1e-3
 RANDOM = ("random_faithfulness", "random_interval", "beats_random")
+OF_SCORES = ("curve", "stability")
 COUNTS = ("prompts", "edges", "connected", "all_edges", "nodes")
 
 
@@ -112,7 +113,11 @@ def verify(
     if certificate.metric not in METRICS:
         raise MetricError(f"the circuit was judged by {certificate.metric!r}, a metric without a name here; evaluate it yourself")
     task = rebuild_task(model, certificate.prompts, certificate.task, pairs=pairs)
-    further = {} if quick else certificate.claims.get("further", {})
+    further = {} if quick else dict(certificate.claims.get("further", {}))
+    scores = _scores(circuit, model, further, pairs, progress)
+    lost: tuple[str, ...] = ()
+    if scores is None:
+        lost = tuple(name for name in OF_SCORES if further.pop(name, None) is not None)
     again = evaluate(
         circuit,
         model,
@@ -124,18 +129,21 @@ def verify(
         confidence=certificate.confidence,
         thorough=bool(further),
         thorough_prompts=further.get("prompts", len(task)),
-        scores=_scores(circuit, model, further, pairs, progress),
+        scores=scores,
         metric=certificate.metric,
         progress=progress,
     ).to_json()
     skipped = (*RANDOM, "further") if quick else ()
     known = {name: value for name, value in certificate.claims.items() if name not in skipped}
+    if further:
+        known["further"] = further
     found = {label: value for name in known for label, value in _leaves(name, again[name])}
     checks = [Check("model", certificate.model, model.name, 0.0)]
     for name, claimed in known.items():
         for label, value in _leaves(name, claimed):
             checks.append(Check(label, value, found.get(label, "nothing"), _tolerance(label, value, len(task))))
     unchecked = [f"{name} (--quick)" for name in skipped if name in certificate.claims]
+    unchecked += [f"{name} (how its edges were scored cannot be told from the file)" for name in lost]
     return Verification(certificate, tuple(checks), (*unchecked, "that its command finds the same edges again (make circuits)"))
 
 
@@ -143,7 +151,7 @@ def _scores(
     circuit: Circuit, model: Model, further: Mapping[str, Any], pairs: Path | None, progress: bool
 ) -> Effects | None:
     """The scores that the circuit was chosen by, if the file claims something of them."""
-    if not {"curve", "stability"} & set(further):
+    if not set(OF_SCORES) & set(further):
         return None
     origin = circuit.provenance
     found_on = rebuild_task(model, origin["task_provenance"], origin["task"], pairs=pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,27 @@ def test_thorough_claims_are_measured_again() -> None:
     names = {check.name for check in found.checks}
     assert {"further.completeness.worst", "further.ablations.resample", "kl", "further.hypotheses.p.minimality"} <= names
     assert json.loads(json.dumps(found.to_json()))["holds"]
+
+
+def test_curve_and_stability_are_measured_again(tmp_path: Path) -> None:
+    options = ("--model", "toy:induction", "--edges", 6, "--n", 8, "--random-circuits", 0, "--thorough", "--thorough-prompts", 3)
+    assert run("discover", "induction", *options, "--out", tmp_path)[0] == 0
+    circuit = mi.Circuit.load(tmp_path)
+    assert circuit.certificate is not None
+    further = circuit.certificate.claims["further"]
+    assert further["prompts"] == 3 and further["stability"]["prompts"] == 4
+    # The whole graph is the model.
+    assert further["curve"]["faithfulness"][-1] == pytest.approx(1) and further["curve"]["asked"][-1] == circuit.shape.n_edges
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "The following is of 3 of the prompts." in page and "Chosen again from 4 resampled prompts: Jaccard" in page
+    found = mi.verify(circuit, mi.load("toy:induction"))
+    assert found.holds, repr(found)
+    assert {"further.curve.cmd", "further.stability.jaccard", "further.without"} <= {check.name for check in found.checks}
+    # Nobody can score again by a method that the file does not name.
+    strange = replace(circuit, provenance={**circuit.provenance, "method": "mine"})
+    found = mi.verify(strange, mi.load("toy:induction"))
+    assert found.holds, repr(found)
+    assert "stability (how its edges were scored cannot be told from the file)" in found.unchecked
 
 
 def test_prompts_are_made_again(tmp_path: Path) -> None:
