@@ -420,7 +420,7 @@ def patch(
 
 @app.command()
 def tasks(
-    model: Annotated[str | None, typer.Option(help="Also say how well this model does each: accuracy, first choice, metric.")] = None,
+    model: Annotated[str | None, typer.Option(help="Say how well this model does each: accuracy and metric.")] = None,
     n: Annotated[int, typer.Option(min=1, help="How many pairs, with --model.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the prompts, with --model.")] = 0,
 ) -> None:

@@ -103,9 +103,9 @@ def verify(
 
     Notes
     -----
-    Cost: that of `mechinterp.evaluate`; ``quick`` 3 forward passes over the prompts. Where a size
-    curve or stability is claimed, edges are scored again on the prompts that found the circuit. That the recorded command finds these very
-    edges again is not checked: run the command.
+    Cost: that of `mechinterp.evaluate`; ``quick`` 3 forward passes over the prompts. Where a size curve or stability is claimed,
+    edges are scored again on the prompts that found the circuit. That the recorded command finds these very edges again is not
+    checked: run the command.
     """
     certificate = circuit.certificate
     if certificate is None:
@@ -147,9 +147,7 @@ def verify(
     return Verification(certificate, tuple(checks), (*unchecked, "that its command finds the same edges again (make circuits)"))
 
 
-def _scores(
-    circuit: Circuit, model: Model, further: Mapping[str, Any], pairs: Path | None, progress: bool
-) -> Effects | None:
+def _scores(circuit: Circuit, model: Model, further: Mapping[str, Any], pairs: Path | None, progress: bool) -> Effects | None:
     """The scores that the circuit was chosen by, if the file claims something of them."""
     if not set(OF_SCORES) & set(further):
         return None

@@ -53,9 +53,9 @@ class Ability:
     def __repr__(self) -> str:
         low, high = self.interval
         return (
-            f"Ability: {self.task} on {self.model}, {self.prompts} prompts: accuracy {self.accuracy:.3f} ({low:.3f} to {high:.3f}), "
-            f"{self.corrupt_accuracy:.3f} on corrupt prompts; first choice {self.first:.3f}; {self.metric} clean {self.clean:.3f}, "
-            f"corrupt {self.corrupt:.3f}"
+            f"Ability: {self.task} on {self.model}, {self.prompts} prompts: accuracy {self.accuracy:.3f} "
+            f"({low:.3f} to {high:.3f}), {self.corrupt_accuracy:.3f} on corrupt prompts; first choice {self.first:.3f}; "
+            f"{self.metric} clean {self.clean:.3f}, corrupt {self.corrupt:.3f}"
         )
 
     def _repr_html_(self) -> str:

@@ -19,7 +19,17 @@ from mechinterp.patching.compare import Direction, MetricLike
 from mechinterp.patching.gradients import check_gradient
 from mechinterp.tasks import METRICS, Metric, Task, resolve_metric
 
-__all__ = ["METHODS", "SELECTIONS", "check_choices", "check_method", "discover", "edge_places", "edge_scores", "find", "score_again"]
+__all__ = [
+    "METHODS",
+    "SELECTIONS",
+    "check_choices",
+    "check_method",
+    "discover",
+    "edge_places",
+    "edge_scores",
+    "find",
+    "score_again",
+]
 
 
 def check_choices(method: str, selection: str) -> None:
@@ -202,7 +212,7 @@ def score_again(circuit: Circuit, model: Model, task: Task, *, progress: bool = 
         What it was found on.
     """
     origin = circuit.provenance
-    method, metric = origin.get("method"), origin.get("metric")
+    method, metric = str(origin.get("method")), origin.get("metric")
     told = origin.get("unit") == "edge" and str(origin.get("ablation")).startswith("resample (") and metric in METRICS
     if method not in METHODS or METHODS[method].points is None or METHODS[method].drawn or not told:
         return None

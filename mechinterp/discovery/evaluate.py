@@ -151,8 +151,8 @@ def evaluate(
         `mechinterp.minimality`, `mechinterp.compare_ablations` and `mechinterp.check_hypotheses` do with at most 50 edges, and
         how well the model does without the circuit. Of the prompts only the first so many are taken, since that is dear.
     scores
-        Of all edges, on the prompts that found the circuit, as `mechinterp.attribute` gives them. ``thorough`` then adds the curve
-        over all sizes (`mechinterp.size_curve`), and how much the circuit hangs on its prompts (`mechinterp.stability`).
+        Of all edges, on the prompts that found the circuit, as `mechinterp.attribute` gives them. ``thorough`` then adds the
+        curve over all sizes (`mechinterp.size_curve`), and how much the circuit hangs on its prompts (`mechinterp.stability`).
     metric, progress
         As in `mechinterp.patch`.
 

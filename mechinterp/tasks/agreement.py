@@ -104,8 +104,8 @@ def agreement(
     prepositions = list(single_token_words(tokenizer, PREPOSITIONS))
     if len(known) < 2 or not answers or not prepositions:
         raise TaskError(
-            f"{len(known)} pairs of nouns, {len(answers)} of verbs and {len(prepositions)} prepositions are single tokens for this "
-            "tokenizer, and agreement needs 2, 1 and 1: pass nouns=[(singular, plural), ...] or verbs= that are."
+            f"{len(known)} pairs of nouns, {len(answers)} of verbs and {len(prepositions)} prepositions are single tokens for "
+            "this tokenizer, and agreement needs 2, 1 and 1: pass nouns=[(singular, plural), ...] or verbs= that are."
         )
     generator = random.Random(seed)
 
@@ -116,7 +116,8 @@ def agreement(
         return fill.prompt(numbers[0]), fill
 
     drawn = draw_distinct(n, draw, advice="more nouns")
-    clean, corrupt, right, wrong = [], [], [], []
+    clean: list[list[int]] = []
+    corrupt, right, wrong = [], [], []
     positions: dict[str, list[int]] = {"subject": [], "preposition": [], "end": []}
     for text, fill in drawn.items():
         number = fill.numbers[0]

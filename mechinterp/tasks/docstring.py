@@ -98,7 +98,8 @@ def docstring(
         return TEMPLATE.format(**fill), fill
 
     drawn = draw_distinct(n, draw, advice="more words")
-    clean, corrupt, right, wrong = [], [], [], []
+    clean: list[list[int]] = []
+    corrupt, right, wrong = [], [], []
     positions: dict[str, list[int]] = {name: [] for name in ("A", "B", "C-1", "C", "D", "A2", "B2", "end")}
     for text, fill in drawn.items():
         length = len(clean[0]) if clean else None
@@ -108,8 +109,8 @@ def docstring(
         of_a, of_b = ([i for i, token in enumerate(tokens) if token == known[fill[letter]]] for letter in "ab")
         if len(of_a) != 2 or len(of_b) != 2 or tokens[third] != known[fill["c"]] or tokens[fourth] != known[fill["d"]]:
             raise TaskError(
-                f"{text!r} has {len(of_a)} tokens {fill['a']!r} and {len(of_b)} tokens {fill['b']!r}, where 2 and 2 were expected: "
-                "this tokenizer splits words by context, and docstring cannot be asked of it."
+                f"{text!r} has {len(of_a)} tokens {fill['a']!r} and {len(of_b)} tokens {fill['b']!r}, where 2 and 2 were "
+                "expected: this tokenizer splits words by context, and docstring cannot be asked of it."
             )
         clean.append(tokens)
         corrupt.append(changed)

@@ -81,7 +81,8 @@ def gender(
 
     References
     ----------
-    Mathwin et al. (2023), "Identifying a Preliminary Circuit for Predicting Gendered Pronouns in GPT-2 Small", whose prompt this is.
+    Mathwin et al. (2023), "Identifying a Preliminary Circuit for Predicting Gendered Pronouns in GPT-2 Small"; the prompt is
+    theirs.
     """
     check_number("gender", n)
     names = [list(known_words(tokenizer, *each)) for each in ((FEMALE, female, "female"), (MALE, male, "male"))]
@@ -103,7 +104,8 @@ def gender(
         return text, (here, TEMPLATE.format(name=generator.choice(names[there]), role=role), roles[role])
 
     drawn = draw_distinct(n, draw, advice="more names")
-    clean, corrupt, right, wrong = [], [], [], []
+    clean: list[list[int]] = []
+    corrupt, right, wrong = [], [], []
     positions: dict[str, list[int]] = {"name": [], "is": [], "role": [], "end": []}
     for text, (here, other, role) in drawn.items():
         length = len(clean[0]) if clean else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mechinterp.tasks.agreement import PREPOSITIONS, VERBS
 from mechinterp.tasks.agreement import NOUNS as PAIRS
+from mechinterp.tasks.agreement import PREPOSITIONS, VERBS
 from mechinterp.tasks.docstring import ARGUMENTS
 from mechinterp.tasks.gender import FEMALE, MALE, ROLES
 from mechinterp.tasks.greater_than import NOUNS, TEMPLATE
@@ -63,8 +63,8 @@ def _task_words() -> list[str]:
         *FEMALE,
         *MALE,
         *ROLES,
-        *"So is a really great isn ' t she he".split(),
+        *["So", "is", "a", "really", "great", "isn", "'", "t", "she", "he"],
         # As they are cut: at every change between letters and other marks.
-        *'def self param ( : ): """'.split(),
+        *["def", "self", "param", "(", ":", "):", '"""'],
         *ARGUMENTS,
     ]

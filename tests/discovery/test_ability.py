@@ -14,7 +14,9 @@ def test_a_toy_does_its_task_and_not_on_corrupt_prompts() -> None:
     found = mi.check_task(toy.model, toy.task)
     assert (found.accuracy, found.corrupt_accuracy, found.first, found.prompts) == (1.0, 0.0, 1.0, 40)
     assert found.clean > 0 > found.corrupt
-    assert repr(found).startswith("Ability: induction on toy:induction, 40 prompts: accuracy 1.000 (0.912 to 1.000), 0.000 on corr")
+    assert repr(found).startswith(
+        "Ability: induction on toy:induction, 40 prompts: accuracy 1.000 (0.912 to 1.000), 0.000 on corr"
+    )
 
 
 @pytest.mark.parametrize("metric", ["logit_diff", "kl"])
@@ -24,7 +26,9 @@ def test_against_the_model_run_by_hand(tiny_llama: Any, metric: str) -> None:
     clean = torch.randint(0, 61, (50, 6), generator=generator)
     corrupt = clean.clone()
     corrupt[:, 2] = (corrupt[:, 2] + 1) % 61
-    task = mi.Task(name="any", clean=clean, corrupt=corrupt, right=[[1, 2]] * 50, wrong=[[3, 4]] * 50, answer_pos=[3] * 25 + [5] * 25)
+    task = mi.Task(
+        name="any", clean=clean, corrupt=corrupt, right=[[1, 2]] * 50, wrong=[[3, 4]] * 50, answer_pos=[3] * 25 + [5] * 25
+    )
     found = mi.check_task(model, task, metric=metric)
     with torch.no_grad():
         logits = model(clean)[torch.arange(50), task.answer_pos]

@@ -61,8 +61,8 @@ def test_nouns_and_verbs_of_ones_own(tokenizer: Any) -> None:
         ({"verbs": [("is",)]}, "('is',) of verbs= is no pair: write (singular, plural), such as ('is', 'are')."),
         (
             {"nouns": [("key", "keys")]},
-            "1 pairs of nouns, 3 of verbs and 6 prepositions are single tokens for this tokenizer, and agreement needs 2, 1 and 1: "
-            "pass nouns=[(singular, plural), ...] or verbs= that are.",
+            "1 pairs of nouns, 3 of verbs and 6 prepositions are single tokens for this tokenizer, and agreement needs 2, 1 and "
+            "1: pass nouns=[(singular, plural), ...] or verbs= that are.",
         ),
         (
             {"n": 100, "nouns": [("key", "keys"), ("car", "cars")]},
