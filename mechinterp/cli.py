@@ -267,13 +267,14 @@ def discover(
     )
     circuit, scores = find(search, method)
     judged: dict[str, Any] = {"random_circuits": random_circuits, "metric": metric, "seed": seed, "progress": True}
-    judged |= {"thorough": thorough, "thorough_prompts": thorough_prompts, "scores": scores}
+    judged |= {"thorough": thorough, "thorough_prompts": thorough_prompts}
+    judged["scores"] = scores if thorough else None
     report = mi.evaluate(circuit, loaded, held_out, **judged)
     stories = mi.describe(circuit, loaded, found_on, heads=heads)
     command = ["mechinterp", *sys.argv[1:]]
     paths = save_all(folder, circuit, report, stories, command=command, seconds=time.perf_counter() - started)
     low, high = report.faithfulness_interval
-    chance = sum(report.random_faithfulness) / max(1, len(report.random_faithfulness))
+    chance = round(sum(report.random_faithfulness) / max(1, len(report.random_faithfulness)), 3) + 0.0
     rivals = f", random circuits {chance:.3f}" if report.random_faithfulness else ""
     roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if story.clear)
     kept = counted(report.connected, "connected edge")

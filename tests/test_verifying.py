@@ -108,7 +108,7 @@ def test_curve_and_stability_are_measured_again(tmp_path: Path) -> None:
     # The whole graph is the model.
     assert further["curve"]["faithfulness"][-1] == pytest.approx(1) and further["curve"]["asked"][-1] == circuit.shape.n_edges
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "The following is of 3 of the prompts." in page and "Chosen again from 4 resampled prompts: Jaccard" in page
+    assert "What follows was asked on 3 of the prompts." in page and "Chosen again from 4 resampled prompts: Jaccard" in page
     found = mi.verify(circuit, mi.load("toy:induction"))
     assert found.holds, repr(found)
     assert {"further.curve.cmd", "further.stability.jaccard", "further.without"} <= {check.name for check in found.checks}

@@ -106,7 +106,8 @@ class Report:
         if self.random_interval is None:
             return "no random circuits beside it"
         low, high = self.random_interval
-        mean = sum(self.random_faithfulness) / n
+        # What rounds to nothing has no sign.
+        mean = round(sum(self.random_faithfulness) / n, 3) + 0.0
         return f"{n} random circuits of equal size: mean {mean:.3f} ({low:.3f} to {high:.3f}); beaten {self.beats_random}"
 
     def _repr_html_(self) -> str:
@@ -165,7 +166,7 @@ def evaluate(
     ------
     MetricError
         Ablating everything (under "resample": the corrupt prompts) gives the same metric as the clean prompts, so that
-        faithfulness is undefined; ``thorough_prompts`` below 1.
+        faithfulness is undefined; ``thorough_prompts`` below 1; ``scores`` without ``thorough``.
 
     Notes
     -----
@@ -184,6 +185,8 @@ def evaluate(
     check_model_and_task(model, task)
     if thorough_prompts < 1:
         raise MetricError(f"thorough_prompts={thorough_prompts}: give a number of prompts from 1 on; 16 are usual")
+    if scores is not None and not thorough:
+        raise MetricError("scores= are for the size curve and stability, which a thorough judgement has: pass thorough=True too")
     started = time.perf_counter()
     rivals = [random_edges(circuit, seed=seed + i) for i in range(random_circuits)] if circuit.n_connected else []
     ablation = as_ablation(ablation, seed=seed)

@@ -128,7 +128,7 @@ def _stability(circuit: Circuit, model: Model, scores: Effects, seed: int) -> di
 def told(further: Mapping[str, Any]) -> Iterator[str]:
     """The same in sentences."""
     if "prompts" in further:
-        yield f"the following is of {further['prompts']} of the prompts"
+        yield f"what follows was asked on {further['prompts']} of the prompts"
     if "without" in further:
         yield f"everything but the circuit has faithfulness {further['without']:.3f}"
     if "completeness" in further:
