@@ -73,10 +73,10 @@ The rows on the other way and on other ablations, and what follows, are of {few}
 
 - **Not complete.** With nothing removed circuit and model differ by {nothing:.3f}; with random halves of the nodes taken from both by
   {random_gap:.3f} on average, at worst of {sets} sets by {worst:.3f}.
-- **Not minimal.** Of {sampled} edges drawn by chance {no_drop} can go alone without a drop of 0.001 in faithfulness; the median drop is
-  {median:.4f}. {needless} of them are shown to do no more than random edges (p < 0.05, Holm).
+- **Not minimal, edge by edge.** Of {sampled} edges drawn by chance {no_drop} can go alone without a drop of 0.001 in faithfulness; the
+  median drop is {median:.4f}. Beside edges of random paths {needless} of them are shown to do no more (p < 0.05, Holm).
 - **Hypotheses of an ideal circuit** (Shi et al. 2024): {tests}. Rejected at 0.05: {rejected}. Not to be rejected is no proof, with {few}
-  prompts least of all.
+  prompts least of all; independence is a weak question here, since what the rest answers to the counterfactual may depend on the pair.
 - **Size.** Faithfulness of the best-scored edges, by how many of them connect: {curve}. CPR {cpr:.3f}, CMD {cmd:.3f} over the share of
   edges.
 
@@ -98,8 +98,9 @@ prompts.
 
 ## What does not follow
 
-- *That this is how the model does it.* {faithfulness:.0%} is carried, and without these edges {without:.0%} is left; the two need not sum to
-  1, and say that the rest of the model does some of it too.
+- *That this is how the model does it.* {faithfulness:.0%} is carried, and without these edges {without:.0%} is left: what is needed and what
+  is enough are two questions, and only the second one makes an explanation. (The edges out of the first layer are on nearly every path,
+  so that taking them away says little about the others.)
 - *That an edge which is missing does not matter.* {edges} is a number that was asked for. The curve above shows what more edges bring.
 - *That an edge which is there matters.* Most of them can go one at a time; only about {core} are chosen whatever the sample of prompts.
 - *That heads do this on other text.* All prompts are of {n_templates} templates with two names of one token; the counterfactual changes one

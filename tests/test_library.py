@@ -62,3 +62,17 @@ def test_the_thorough_certificate_is_of_the_circuit_of_the_demo() -> None:
     assert {"completeness", "minimality", "hypotheses", "ablations", "curve", "stability"} <= set(
         thorough.certificate.claims["further"]
     )
+
+
+def test_the_page_on_ioi_says_what_the_certificate_says() -> None:
+    page = (ROOT / "docs" / "ioi.md").read_text(encoding="utf-8")
+    certificate = mi.Circuit.load(ROOT / "circuits" / "ioi-thorough-smollm2-135m").certificate
+    assert certificate is not None
+    claims, further = certificate.claims, certificate.claims["further"]
+    low, high = claims["faithfulness_interval"]
+    assert f"| faithfulness on held-out prompts | {claims['faithfulness']:.3f} ({low:.3f} to {high:.3f});" in page
+    assert f"| {further['without']:.3f} of the behaviour is left |" in page
+    assert f"Jaccard {further['stability']['jaccard']:.3f} " in page
+    assert f"CPR {further['curve']['cpr']:.3f}, CMD {further['curve']['cmd']:.3f}" in page
+    assert f"    {shlex.join(certificate.command)}\n" in page and "`python scripts/ioi_page.py`" in page
+    assert "## What does not follow" in page

@@ -62,7 +62,8 @@ def test_every_number_is_that_of_the_question_alone(one: Any, circuit: mi.Circui
 
 
 def test_sentences(one: Any, circuit: mi.Circuit, scores: mi.Effects) -> None:
-    report = mi.evaluate(circuit, one.model, one.task, seed=2, random_circuits=0, thorough=True, thorough_prompts=3, scores=scores)
+    options: dict[str, Any] = {"thorough": True, "thorough_prompts": 3, "scores": scores}
+    report = mi.evaluate(circuit, one.model, one.task, seed=2, random_circuits=0, **options)
     assert report.further["prompts"] == 3 and report.prompts == len(one.task)
     lines = list(told(report.further))
     starts = [
@@ -72,7 +73,7 @@ def test_sentences(one: Any, circuit: mi.Circuit, scores: mi.Effects) -> None:
         "minimality: the median drop without one of 12 edges is ",
         "faithfulness under other ablations: zero ",
         "hypotheses of an ideal circuit: equivalence p ",
-        f"{report.further['hypotheses']['needless']} of 12 edges do no more than random ones; the circuit is the model's equal at p ",
+        f"{report.further['hypotheses']['needless']} of 12 edges do no more than random ones; the circuit is the model's equal",
         "over all sizes CPR ",
         f"chosen again from {len(one.task)} resampled prompts: Jaccard ",
     ]
