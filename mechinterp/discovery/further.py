@@ -46,7 +46,7 @@ def look_further(
         return {}, 0
     whole = completeness(circuit, model, task, seed=seed, **options)
     # The edges that minimality and the test of it take away are the same, so they are run once.
-    edges = drawn_edges(circuit, _SAMPLE, seed)
+    edges = drawn_edges(circuit, _SAMPLE, seed=seed)
     less = knocked_out(circuit, edges, model, task, **options)
     drops = drops_of(less, edges, model, task)
     found: dict[str, Any] = {
@@ -66,7 +66,7 @@ def look_further(
     }
     cost = int(whole.provenance["forwards"] + drops.provenance["forwards"])
     if len(circuit) < circuit.shape.n_edges and len(task) > 1:
-        others = run_circuits(model, task, other_circuits(circuit, _INFLATED, seed), **options)
+        others = run_circuits(model, task, other_circuits(circuit, _INFLATED, seed=seed), **options)
         tests = tests_of(less, others, edges, model, task, seed=seed)
         found["without"] = float(faithfulness(others.circuits[0], others.clean, others.empty))
         found["hypotheses"] = {
@@ -99,11 +99,11 @@ def look_further(
             "faithfulness": curve.faithfulness.tolist(),
         }
         cost += int(curve.provenance["forwards"])
-        found |= _stability(circuit, model, scores, seed)
+        found |= _stability(circuit, model, scores, seed=seed)
     return found, cost
 
 
-def _stability(circuit: Circuit, model: Model, scores: Effects, seed: int) -> dict[str, Any]:
+def _stability(circuit: Circuit, model: Model, scores: Effects, *, seed: int) -> dict[str, Any]:
     """How much circuits of resampled prompts agree, where the circuit was chosen by a number of edges."""
     said = circuit.provenance.get("selection", {})
     if "n" not in said or said.get("rule") not in ("connected", "top", "greedy") or scores.per_example.shape[-1] < 2:

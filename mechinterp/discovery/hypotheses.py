@@ -205,7 +205,7 @@ def check_hypotheses(
     """
     check_circuit(circuit)
     check_model_and_task(model, task)
-    edges = drawn_edges(circuit, sample, seed)
+    edges = drawn_edges(circuit, sample, seed=seed)
     if not edges:
         raise GraphError(f"{circuit!r} has no connected edge, so there is nothing to test")
     if len(task) < 2:
@@ -215,12 +215,12 @@ def check_hypotheses(
     ablation = as_ablation(ablation, seed=seed)
     options: dict[str, Any] = {"ablation": ablation, "metric": metric, "memory": memory, "progress": progress}
     outs = knocked_out(circuit, edges, model, task, **options)
-    others = run_circuits(model, task, other_circuits(circuit, inflated, seed), **options)
+    others = run_circuits(model, task, other_circuits(circuit, inflated, seed=seed), **options)
     levels: dict[str, Any] = {"epsilon": epsilon, "quantile": quantile, "correction": correction, "level": level}
     return tests_of(outs, others, edges, model, task, seed=seed, permutations=permutations, **levels)
 
 
-def other_circuits(circuit: Circuit, inflated: int, seed: int) -> list[Circuit]:
+def other_circuits(circuit: Circuit, inflated: int, *, seed: int) -> list[Circuit]:
     """Everything but the circuit; then each inflated circuit, with and without an edge of its random path."""
     generator = random.Random(seed)
     rows = [Circuit.full(circuit.shape) - circuit]

@@ -243,7 +243,7 @@ def minimality(
     """
     check_circuit(circuit)
     check_model_and_task(model, task)
-    edges = drawn_edges(circuit, sample, seed)
+    edges = drawn_edges(circuit, sample, seed=seed)
     if not edges:
         raise GraphError(f"{circuit!r} has no connected edge to take away")
     ablation = as_ablation(ablation, seed=seed)
@@ -251,7 +251,7 @@ def minimality(
     return drops_of(outs, edges, model, task)
 
 
-def drawn_edges(circuit: Circuit, sample: int | None, seed: int | None) -> list[Edge]:
+def drawn_edges(circuit: Circuit, sample: int | None, *, seed: int | None) -> list[Edge]:
     """The connected edges, or so many of them drawn by chance, in their order."""
     edges = list(circuit.connected())
     if sample is None or sample >= len(edges):
