@@ -29,16 +29,17 @@ TEXT = """# Who receives the gift: a circuit of SmolLM2-135M, and how far to bel
 > Then, Mary and John went to the store, and John gave a drink to ... Mary
 
 {edges} of the {all_edges} edges of the model ({share:.1%}, {nodes} of {all_nodes} nodes) carry {faithfulness:.0%} of what tells the model
-that Mary receives the gift (95% interval {low:.0%} to {high:.0%}, on {prompts} prompts that did not find them). **So more than half of the
-behaviour is elsewhere**: this is the strongest part of the mechanism, not the mechanism.
+that Mary receives the gift (95% interval {low:.0%} to {high:.0%}, on {prompts} prompts that did not find them). **So the other {rest:.0%}
+is elsewhere**: this is the strongest part of the mechanism, not the mechanism.
 
 The file is [circuits/ioi-thorough-smollm2-135m](../circuits/ioi-thorough-smollm2-135m/report.md), made by
 
     {command}
 
-and this page by `python scripts/ioi_page.py`, which prints every number that is not in that file. The model is a quantised copy (Q4_1) of
+and this page by `python scripts/ioi_page.py`, which measures what is not in that file. The model is a quantised copy (Q4_1) of
 SmolLM2-135M-Instruct. Clean prompts name John twice; the counterfactual has a third name in place of the second John (S2), so that
-nothing says who receives. Effects are shares of the logit difference between the two: {clean:.2f} and {corrupt:.2f}.
+nothing says who receives. Effects are shares of what that changes in the logit
+difference between Mary and John: {clean:.2f} and {corrupt:.2f} on the prompts that found the circuit.
 
 ## Which heads
 
@@ -46,6 +47,7 @@ The {n_heads} strongest of the circuit. *Effect*: what replacing the head's outp
 negative works against the answer), on the prompts that found the circuit, measured. *Known to do*: what `mi.head_scores` finds on 32
 sequences of random tokens said twice, that is without any of these prompts; only what differs from its null (Holm over all heads and
 detectors, p < 0.01) with a score of 0.2. *On these prompts*: the same on the held-out prompts.
+A BOS sink rests on the first token wherever it finds nothing to look at.
 
 | head | effect | looks from | to | the pattern is called | known to do, on random tokens | on these prompts |
 | --- | ---: | --- | --- | --- | --- | --- |
@@ -55,8 +57,9 @@ Read together, with the literature's words for it (Wang et al. 2022, on GPT-2 sm
 
 {story}
 
-The words are a description of attention and of weights. What supports each as a *cause* is the effect in the second column, and
-nothing else on this page.
+The words describe attention. Scores that weigh weights as well say the same of {supported}; of the others they do
+not, so that their names rest on attention alone. What supports any of them as a *cause* is the effect in the second column, and nothing
+else on this page.
 
 ## How good is it?
 
@@ -90,7 +93,7 @@ The rows on the other way and on other ablations, and what follows, are of {few}
 | edges in both, and in the circuit of seed {other_seed} | {common} edges; faithfulness {common_faithfulness:.3f} |
 
 Exact effects are those of [all 70,651 edges](../circuits/edges-ioi-smollm2-135m/report.md), of 8 pairs; the circuit's scores are
-EAP-IG. The two circuits are judged by the same {prompts} prompts.
+EAP-IG. All are judged by the same {prompts} prompts, and the interval above is as wide as these differences.
 
 {compared} of the circuit's edges measured exactly on 8 held-out prompts (`mi.compare_to_exact`): rank correlation with the scores
 {spearman:.3f}, correlation {pearson:.3f}, same sign {signs:.0%}, {saturated} estimated far too small, {cancelling} whose effects cancel over
@@ -102,7 +105,8 @@ prompts.
   is enough are two questions, and only the second one makes an explanation. (The edges out of the first layer are on nearly every path,
   so that taking them away says little about the others.)
 - *That an edge which is missing does not matter.* {edges} is a number that was asked for. The curve above shows what more edges bring.
-- *That an edge which is there matters.* Most of them can go one at a time; only about {core} are chosen whatever the sample of prompts.
+- *That an edge which is there matters.* Of {sampled} tried {no_drop} can go alone, and {core} of {edges} are chosen whatever the sample of
+  prompts.
 - *That heads do this on other text.* All prompts are of {n_templates} templates with two names of one token; the counterfactual changes one
   token, and whatever both prompts share is in no circuit: finding names, that a gift is given, position.
 - *That zero or mean ablation would say the same.* See the row of other ablations: this circuit was found for resampling.
@@ -130,6 +134,14 @@ def roles(stories: Any) -> str:
         + (f": {meaning[sort]}." if sort in meaning else ".")
         for sort, members in found.items()
     )
+
+
+def supported(stories: Any, *labels: dict[str, str]) -> str:
+    """The heads whose pattern has the name that scores give them too."""
+    both = [
+        each.node for each in stories if each.role and any(f"{each.role} " in f"{found.get(each.node, '')} " for found in labels)
+    ]
+    return ", ".join(f"`{node}`" for node in both) or "none"
 
 
 def head_rows(stories: Any, known: dict[str, str], here: dict[str, str]) -> str:
@@ -202,8 +214,10 @@ def main() -> None:
         high=high,
         prompts=claims["prompts"],
         command=shlex.join(certificate.command),
-        clean=claims["clean"],
-        corrupt=claims["corrupt"],
+        rest=1 - claims["faithfulness"],
+        clean=origin["baseline"]["clean"],
+        corrupt=origin["baseline"]["corrupt"],
+        supported=supported(stories, known, here),
         n_heads=len(stories),
         heads=head_rows(stories, known, here),
         story=roles(stories),
