@@ -57,7 +57,7 @@ Read together, with the literature's words for it (Wang et al. 2022, on GPT-2 sm
 
 {story}
 
-The words describe attention. Scores that weigh weights as well say the same of {supported}; of the others they do
+The words describe attention. Scores held against a null say the same of {supported}; of the others they do
 not, so that their names rest on attention alone. What supports any of them as a *cause* is the effect in the second column, and nothing
 else on this page.
 
