@@ -27,6 +27,8 @@ __all__ = ["Check", "Verification", "rebuild_task", "verify"]
 RELATIVE, ABSOLUTE = 2e-3, 1e-3
 RANDOM = ("random_faithfulness", "random_interval", "beats_random")
 OF_SCORES = ("curve", "stability")
+# Of words to draw from a provenance tells what there was, not the words: where others were given, the two differ.
+WORDS = ("tokenizer", "templates", "names", "nouns", "verbs", "words")
 COUNTS = ("prompts", "edges", "connected", "all_edges", "nodes")
 
 
@@ -174,11 +176,7 @@ def rebuild_task(model: Model, made: Mapping[str, Any], name: str, *, pairs: Pat
         task = Task.from_jsonl(file, model.tokenizer, name=name)
     elif generator in TASKS:
         make = TASKS[generator]
-        options = {
-            key: made[key]
-            for key in signature(make).parameters
-            if key in made and key not in ("tokenizer", "templates", "names", "nouns")
-        }
+        options = {key: made[key] for key in signature(make).parameters if key in made and key not in WORDS}
         task = make(model.tokenizer or model.cfg.d_vocab, **options)
     else:
         raise TaskError(

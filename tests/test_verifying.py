@@ -138,6 +138,19 @@ def test_prompts_are_made_again(tmp_path: Path) -> None:
         rebuild_task(toy.model, {"generator": "from_jsonl", "file": "nowhere.jsonl"}, "x")
 
 
+@pytest.mark.parametrize("name", mi.tasks.TASKS)
+def test_prompts_of_every_task_are_made_again(name: str, smollm2: mi.Model) -> None:
+    task = mi.tasks.TASKS[name](smollm2.tokenizer, n=8, seed=3).split(seed=1)[1]
+    again = rebuild_task(smollm2, json.loads(json.dumps(dict(task.provenance))), name)
+    assert again.clean.tolist() == task.clean.tolist() and again.right.tolist() == task.right.tolist()
+
+
+def test_prompts_of_other_words_are_not_made_again(smollm2: mi.Model) -> None:
+    task = mi.tasks.agreement(smollm2.tokenizer, n=4, seed=0, verbs=[("is", "are")])
+    with pytest.raises(TaskError, match=r"the file says verbs \['is/are'\], and making them gives \['is/are', 'was/were', 'has/"):
+        rebuild_task(smollm2, dict(task.provenance), "agreement")
+
+
 def test_what_cannot_be_verified() -> None:
     toy = mi.toys.induction(n=4)
     truth = toy.truth["zero"]
