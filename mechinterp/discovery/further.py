@@ -10,7 +10,7 @@ from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
 from mechinterp.discovery.curve import size_curve
 from mechinterp.discovery.faithfulness import faithfulness
-from mechinterp.discovery.hypotheses import other_circuits, tests_of
+from mechinterp.discovery.hypotheses import hypotheses_of, other_circuits
 from mechinterp.discovery.removals import completeness, drawn_edges, drops_of, knocked_out
 from mechinterp.discovery.running import run_circuits
 from mechinterp.discovery.stability import stability
@@ -67,7 +67,7 @@ def look_further(
     cost = int(whole.provenance["forwards"] + drops.provenance["forwards"])
     if len(circuit) < circuit.shape.n_edges and len(task) > 1:
         others = run_circuits(model, task, other_circuits(circuit, _INFLATED, seed=seed), **options)
-        tests = tests_of(less, others, edges, model, task, seed=seed)
+        tests = hypotheses_of(less, others, edges, model, task, seed=seed)
         found["without"] = float(faithfulness(others.circuits[0], others.clean, others.empty))
         found["hypotheses"] = {
             "p": tests.p_values,

@@ -217,7 +217,7 @@ def check_hypotheses(
     outs = knocked_out(circuit, edges, model, task, **options)
     others = run_circuits(model, task, other_circuits(circuit, inflated, seed=seed), **options)
     levels: dict[str, Any] = {"epsilon": epsilon, "quantile": quantile, "correction": correction, "level": level}
-    return tests_of(outs, others, edges, model, task, seed=seed, permutations=permutations, **levels)
+    return hypotheses_of(outs, others, edges, model, task, seed=seed, permutations=permutations, **levels)
 
 
 def other_circuits(circuit: Circuit, inflated: int, *, seed: int) -> list[Circuit]:
@@ -230,7 +230,7 @@ def other_circuits(circuit: Circuit, inflated: int, *, seed: int) -> list[Circui
     return rows
 
 
-def tests_of(
+def hypotheses_of(
     outs: CircuitRuns,
     others: CircuitRuns,
     edges: Sequence[Edge],

@@ -75,7 +75,7 @@ def gender(
     >>> from mechinterp.tasks import word_tokenizer
     >>> task = gender(word_tokenizer(), n=4, seed=0)
     >>> task
-    Task gender: 4 pairs of 13 tokens, differ at 1 position, metric logit_diff
+    Task gender: 4 pairs of 12 tokens, differ at 1 position, metric logit_diff
     >>> [task.string(token) for token in task.right[:, 0].tolist()]
     ['she', 'he', 'she', 'he']
 
