@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from mechinterp.core.select import select as select
     from mechinterp.core.sites import Site as Site
     from mechinterp.core.tokens import token_positions as token_positions
+    from mechinterp.discovery.ability import Ability as Ability
+    from mechinterp.discovery.ability import check_task as check_task
     from mechinterp.discovery.ablated import AblationTable as AblationTable
     from mechinterp.discovery.ablated import compare_ablations as compare_ablations
     from mechinterp.discovery.acdc import acdc as acdc
@@ -143,6 +145,7 @@ _HOMES = {
     "core.select": ("Selection", "select"),
     "core.sites": ("Site",),
     "core.tokens": ("token_positions",),
+    "discovery.ability": ("Ability", "check_task"),
     "discovery.ablated": (
         "AblationTable",
         "compare_ablations",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -38,6 +38,15 @@ SlopedMetric = Annotated[
 AnyMetric = Annotated[
     str | None, typer.Option("--metric", help="logit_diff, prob_diff, log_prob, accuracy, kl. Default: the task's own.")
 ]
+Thorough = Annotated[
+    bool,
+    typer.Option(
+        "--thorough",
+        help="Also completeness, minimality, other ablations, tests of hypotheses (some 200 passes); where a circuit is "
+        "found by scores, its size curve and stability.",
+    ),
+]
+ThoroughPrompts = Annotated[int, typer.Option(min=1, help="On how many of the prompts, with --thorough.")]
 # Toys whose model was made for (or trained on) repeated words.
 REPEATING = ("induction", "gqa_induction", "trained")
 
@@ -224,11 +233,14 @@ def discover(
     pairs: TaskFile = None,
     random_circuits: Annotated[int, typer.Option(min=0, help="Random circuits of equal size to compare with.")] = 5,
     heads: Annotated[int, typer.Option(min=1, help="How many heads the report describes.")] = 12,
+    thorough: Thorough = False,
+    thorough_prompts: ThoroughPrompts = 16,
     force: Annotated[bool, typer.Option("--force", help="Write over the circuit of another task or model.")] = False,
 ) -> None:
     """Find the circuit of a task, judge it on held-out prompts, and write graph, diagrams and report."""
     import mechinterp as mi
-    from mechinterp.discovery.discover import check_choices, check_method
+    from mechinterp.discovery.choosing import Search
+    from mechinterp.discovery.discover import check_choices, check_method, find
     from mechinterp.discovery.report import save_all
 
     started = time.perf_counter()
@@ -243,15 +255,26 @@ def discover(
     _check_folder(folder, prompts.name, loaded.name, force)
     found_on, held_out = prompts.split(seed=seed)
     _say(f"{prompts!r}; {len(found_on)} to find the circuit, {len(held_out)} to judge it")
-    options: dict[str, Any] = {"method": method, "edges": edges, "selection": selection, "steps": steps}
-    options |= {"metric": metric, "seed": seed}
-    circuit = mi.discover(loaded, found_on, progress=True, **options)
-    report = mi.evaluate(circuit, loaded, held_out, seed=seed, random_circuits=random_circuits, metric=metric, progress=True)
+    search = Search(
+        model=loaded,
+        task=found_on,
+        edges=edges,
+        selection=selection,
+        steps=steps,
+        metric=metric,
+        seed=seed,
+        progress=True,
+    )
+    circuit, scores = find(search, method)
+    judged: dict[str, Any] = {"random_circuits": random_circuits, "metric": metric, "seed": seed, "progress": True}
+    judged |= {"thorough": thorough, "thorough_prompts": thorough_prompts}
+    judged["scores"] = scores if thorough else None
+    report = mi.evaluate(circuit, loaded, held_out, **judged)
     stories = mi.describe(circuit, loaded, found_on, heads=heads)
     command = ["mechinterp", *sys.argv[1:]]
     paths = save_all(folder, circuit, report, stories, command=command, seconds=time.perf_counter() - started)
     low, high = report.faithfulness_interval
-    chance = sum(report.random_faithfulness) / max(1, len(report.random_faithfulness))
+    chance = round(sum(report.random_faithfulness) / max(1, len(report.random_faithfulness)), 3) + 0.0
     rivals = f", random circuits {chance:.3f}" if report.random_faithfulness else ""
     roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if story.clear)
     kept = counted(report.connected, "connected edge")
@@ -292,10 +315,8 @@ def evaluate(
     ablation: Annotated[
         str, typer.Option(help="What edges outside carry: zero, mean, mean-pos, resample, resample-shuffled, optimal.")
     ] = "resample",
-    thorough: Annotated[
-        bool,
-        typer.Option("--thorough", help="Also completeness, minimality, other ablations, tests of hypotheses (some 200 passes)."),
-    ] = False,
+    thorough: Thorough = False,
+    thorough_prompts: ThoroughPrompts = 16,
 ) -> None:
     """Judge a saved circuit on prompts that did not find it."""
     import mechinterp as mi
@@ -314,6 +335,7 @@ def evaluate(
     loaded = mi.load(source)
     prompts = _fresh(circuit, loaded, task, pairs, n, seed)
     chosen: dict[str, Any] = {"ablation": ablation, "random_circuits": random_circuits, "metric": metric, "thorough": thorough}
+    chosen["thorough_prompts"] = thorough_prompts
     print(mi.evaluate(circuit, loaded, prompts, seed=seed, progress=True, **chosen))
 
 
@@ -398,14 +420,53 @@ def patch(
 
 
 @app.command()
-def tasks() -> None:
-    """List the tasks."""
+def tasks(
+    model: Annotated[str | None, typer.Option(help="Say how well this model does each: accuracy and metric.")] = None,
+    n: Annotated[int, typer.Option(min=1, help="How many pairs, with --model.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the prompts, with --model.")] = 0,
+) -> None:
+    """List the tasks; with --model, how well the model does them, before anything is discovered."""
     from mechinterp.tasks import describe_tasks
 
+    if model is not None:
+        for line in _abilities(model, n, seed):
+            print(line)
+        return
     for name, line in describe_tasks().items():
         print(f"{name:<14} {line}")
     print(f"{'toy':<14} What was this toy made for? The own task of a model `toy:...`, see `mechinterp models`")
     print(f"{'any name':<14} with --pairs FILE, your own: a line holds {PAIR}")
+
+
+def _abilities(source: str, n: int, seed: int) -> Iterator[str]:
+    """A table of how well a model does the tasks, in Markdown; those that cannot be asked of it say why."""
+    import mechinterp as mi
+    from mechinterp.errors import TaskError
+
+    loaded = mi.load(source)
+    yield "| task | prompts | tokens | accuracy | on corrupt prompts | first choice | metric | clean | corrupt |"
+    yield "| --- | ---: | ---: | --- | ---: | ---: | --- | ---: | ---: |"
+    for name in fitting(source):
+        try:
+            found = mi.check_task(loaded, _task(loaded, name, None, None if name == "toy" else n, seed, usual=n))
+        except TaskError as error:
+            yield f"| {name} | | | {error} | | | | | |"
+            continue
+        low, high = found.interval
+        yield (
+            f"| {name} | {found.prompts} | {found.tokens} | {found.accuracy:.3f} ({low:.3f} to {high:.3f}) | "
+            f"{found.corrupt_accuracy:.3f} | {found.first:.3f} | {found.metric} | {found.clean:+.3f} | {found.corrupt:+.3f} |"
+        )
+
+
+def fitting(model: str) -> tuple[str, ...]:
+    """The tasks that a model can be asked: a toy those that it was made for, any other all that have a name."""
+    from mechinterp.tasks import TASKS
+
+    name = model.removeprefix("toy:")
+    if name == model:
+        return tuple(TASKS)
+    return ("induction", "toy") if name in REPEATING else ("toy",)
 
 
 @app.command()
@@ -414,9 +475,7 @@ def models() -> None:
     from mechinterp.zoo import describe_models
 
     for name, line in describe_models().items():
-        toy = name.removeprefix("toy:")
-        fits = "ioi, greater_than, induction" if toy == name else "induction, toy" if toy in REPEATING else "toy"
-        print(f"{name:<22} {line}. Tasks: {fits}")
+        print(f"{name:<22} {line}. Tasks: {', '.join(fitting(name))}")
 
 
 def main() -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mechinterp.core.ablation import Ablation
+from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
+from mechinterp.discovery.discover import score_again
 from mechinterp.discovery.evaluate import evaluate
 from mechinterp.errors import FileFormatError, MetricError, TaskError
 from mechinterp.graph import Circuit
@@ -24,6 +26,9 @@ __all__ = ["Check", "Verification", "rebuild_task", "verify"]
 # Other machines and versions round differently; what was drawn by chance is drawn by the same seed.
 RELATIVE, ABSOLUTE = 2e-3, 1e-3
 RANDOM = ("random_faithfulness", "random_interval", "beats_random")
+OF_SCORES = ("curve", "stability")
+# Of words to draw from a provenance tells what there was, not the words: where others were given, the two differ.
+WORDS = ("tokenizer", "templates", "names", "nouns", "verbs", "words")
 COUNTS = ("prompts", "edges", "connected", "all_edges", "nodes")
 
 
@@ -100,8 +105,9 @@ def verify(
 
     Notes
     -----
-    Cost: that of `mechinterp.evaluate`; ``quick`` 3 forward passes over the prompts. That the recorded command finds these very
-    edges again is not checked: run the command.
+    Cost: that of `mechinterp.evaluate`; ``quick`` 3 forward passes over the prompts. Where a size curve or stability is claimed,
+    edges are scored again on the prompts that found the circuit. That the recorded command finds these very edges again is not
+    checked: run the command.
     """
     certificate = circuit.certificate
     if certificate is None:
@@ -109,6 +115,11 @@ def verify(
     if certificate.metric not in METRICS:
         raise MetricError(f"the circuit was judged by {certificate.metric!r}, a metric without a name here; evaluate it yourself")
     task = rebuild_task(model, certificate.prompts, certificate.task, pairs=pairs)
+    further = {} if quick else dict(certificate.claims.get("further", {}))
+    scores = _scores(circuit, model, further, pairs, progress)
+    lost: tuple[str, ...] = ()
+    if scores is None:
+        lost = tuple(name for name in OF_SCORES if further.pop(name, None) is not None)
     again = evaluate(
         circuit,
         model,
@@ -118,19 +129,33 @@ def verify(
         random_circuits=0 if quick else certificate.random_circuits,
         resamples=certificate.resamples,
         confidence=certificate.confidence,
-        thorough=not quick and "further" in certificate.claims,
+        thorough=bool(further),
+        thorough_prompts=further.get("prompts", len(task)),
+        scores=scores,
         metric=certificate.metric,
         progress=progress,
     ).to_json()
     skipped = (*RANDOM, "further") if quick else ()
     known = {name: value for name, value in certificate.claims.items() if name not in skipped}
+    if further:
+        known["further"] = further
     found = {label: value for name in known for label, value in _leaves(name, again[name])}
     checks = [Check("model", certificate.model, model.name, 0.0)]
     for name, claimed in known.items():
         for label, value in _leaves(name, claimed):
             checks.append(Check(label, value, found.get(label, "nothing"), _tolerance(label, value, len(task))))
     unchecked = [f"{name} (--quick)" for name in skipped if name in certificate.claims]
+    unchecked += [f"{name} (how its edges were scored cannot be told from the file)" for name in lost]
     return Verification(certificate, tuple(checks), (*unchecked, "that its command finds the same edges again (make circuits)"))
+
+
+def _scores(circuit: Circuit, model: Model, further: Mapping[str, Any], pairs: Path | None, progress: bool) -> Effects | None:
+    """The scores that the circuit was chosen by, if the file claims something of them."""
+    if not set(OF_SCORES) & set(further):
+        return None
+    origin = circuit.provenance
+    found_on = rebuild_task(model, origin["task_provenance"], origin["task"], pairs=pairs)
+    return score_again(circuit, model, found_on, progress=progress)
 
 
 def rebuild_task(model: Model, made: Mapping[str, Any], name: str, *, pairs: Path | None = None) -> Task:
@@ -151,11 +176,7 @@ def rebuild_task(model: Model, made: Mapping[str, Any], name: str, *, pairs: Pat
         task = Task.from_jsonl(file, model.tokenizer, name=name)
     elif generator in TASKS:
         make = TASKS[generator]
-        options = {
-            key: made[key]
-            for key in signature(make).parameters
-            if key in made and key not in ("tokenizer", "templates", "names", "nouns")
-        }
+        options = {key: made[key] for key in signature(make).parameters if key in made and key not in WORDS}
         task = make(model.tokenizer or model.cfg.d_vocab, **options)
     else:
         raise TaskError(
@@ -222,6 +243,11 @@ def _tolerance(name: str, claimed: float | str, prompts: int) -> float:
     # How many of few: a near tie may fall on the other side.
     if name == "beats_random" or name.endswith((".no_drop", ".needless")):
         return 1.0
+    # Scores that are nearly equal may be ranked the other way: of many edges a few.
+    if name.endswith(".core") or name.startswith("further.curve.connected"):
+        return max(1.0, 0.02 * float(claimed))
+    if name.startswith("further.stability."):
+        return 0.01
     return max(ABSOLUTE, RELATIVE * abs(claimed))
 
 

@@ -27,3 +27,4 @@ if __name__ == "__main__":
     for file, words in commands().items():
         print(f"{file.relative_to(ROOT)}: mechinterp {shlex.join(words)}", flush=True)
         subprocess.run([sys.executable, "-m", "mechinterp", *words, *sys.argv[1:]], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "scripts/circuit_library.py"], cwd=ROOT, check=True)

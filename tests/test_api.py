@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 # Adding or losing a public name is a decision: make it here as well.
 PUBLIC = [
+    "Ability",
     "Ablation",
     "AblationTable",
     "Add",
@@ -76,6 +77,7 @@ PUBLIC = [
     "audit",
     "auroc",
     "check_hypotheses",
+    "check_task",
     "compare_ablations",
     "compare_to_exact",
     "compare_to_known",

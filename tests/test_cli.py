@@ -293,13 +293,20 @@ def test_lists() -> None:
     assert [line.split()[0] for line in call("tasks").splitlines()] == [*mi.tasks.TASKS, "toy", "any"]
     models = {line.split()[0]: line.rpartition("Tasks: ")[2] for line in call("models").splitlines()}
     assert models == {
-        "smollm2": "ioi, greater_than, induction",
+        "smollm2": "ioi, greater_than, induction, agreement, gender, docstring",
         "toy:induction": "induction, toy",
         "toy:gqa_induction": "induction, toy",
         "toy:copy": "toy",
         "toy:memory": "toy",
         "toy:trained": "induction, toy",
     }
+
+
+def test_how_well_a_model_does_the_tasks() -> None:
+    lines = call("tasks", "--model", "toy:induction", "--n", 16).splitlines()
+    assert lines[0].startswith("| task | prompts | tokens | accuracy | on corrupt prompts | first choice |")
+    assert lines[2].startswith("| induction | 16 | 19 | 1.000 (0.806 to 1.000) | 0.000 | 1.000 | logit_diff | +")
+    assert lines[3].startswith("| toy | 16 | ") and len(lines) == 4
 
 
 @pytest.mark.parametrize("name", mi.toys.NAMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_thorough_claims_are_measured_again() -> None:
     toy = mi.toys.induction(n=4)
     truth = toy.truth["zero"]
     report = mi.evaluate(truth, toy.model, toy.task, seed=0, random_circuits=0, ablation="zero", thorough=True)
-    assert set(report.further) == {"completeness", "minimality", "hypotheses", "ablations"}
+    assert set(report.further) == {"prompts", "completeness", "minimality", "without", "hypotheses", "ablations"}
     assert report.further["completeness"]["worst"] < 1e-3 and report.further["hypotheses"]["rejected"] == []
     assert "hypotheses of an ideal circuit: equivalence p 1" in repr(report)
     assert "incompleteness 0.000 with nothing removed" in repr(report)
@@ -95,6 +96,27 @@ def test_thorough_claims_are_measured_again() -> None:
     names = {check.name for check in found.checks}
     assert {"further.completeness.worst", "further.ablations.resample", "kl", "further.hypotheses.p.minimality"} <= names
     assert json.loads(json.dumps(found.to_json()))["holds"]
+
+
+def test_curve_and_stability_are_measured_again(tmp_path: Path) -> None:
+    options = ("--model", "toy:induction", "--edges", 6, "--n", 8, "--random-circuits", 0, "--thorough", "--thorough-prompts", 3)
+    assert run("discover", "induction", *options, "--out", tmp_path)[0] == 0
+    circuit = mi.Circuit.load(tmp_path)
+    assert circuit.certificate is not None
+    further = circuit.certificate.claims["further"]
+    assert further["prompts"] == 3 and further["stability"]["prompts"] == 4
+    # The whole graph is the model.
+    assert further["curve"]["faithfulness"][-1] == pytest.approx(1) and further["curve"]["asked"][-1] == circuit.shape.n_edges
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "What follows was asked on 3 of the prompts." in page and "Chosen again from 4 resampled prompts: Jaccard" in page
+    found = mi.verify(circuit, mi.load("toy:induction"))
+    assert found.holds, repr(found)
+    assert {"further.curve.cmd", "further.stability.jaccard", "further.without"} <= {check.name for check in found.checks}
+    # Nobody can score again by a method that the file does not name.
+    strange = replace(circuit, provenance={**circuit.provenance, "method": "mine"})
+    found = mi.verify(strange, mi.load("toy:induction"))
+    assert found.holds, repr(found)
+    assert "stability (how its edges were scored cannot be told from the file)" in found.unchecked
 
 
 def test_prompts_are_made_again(tmp_path: Path) -> None:
@@ -114,6 +136,19 @@ def test_prompts_are_made_again(tmp_path: Path) -> None:
         rebuild_task(toy.model, {}, "x")
     with pytest.raises(TaskError, match=r"a file of pairs nowhere\.jsonl, which is not here; say where: --pairs FILE"):
         rebuild_task(toy.model, {"generator": "from_jsonl", "file": "nowhere.jsonl"}, "x")
+
+
+@pytest.mark.parametrize("name", mi.tasks.TASKS)
+def test_prompts_of_every_task_are_made_again(name: str, smollm2: mi.Model) -> None:
+    task = mi.tasks.TASKS[name](smollm2.tokenizer, n=8, seed=3).split(seed=1)[1]
+    again = rebuild_task(smollm2, json.loads(json.dumps(dict(task.provenance))), name)
+    assert again.clean.tolist() == task.clean.tolist() and again.right.tolist() == task.right.tolist()
+
+
+def test_prompts_of_other_words_are_not_made_again(smollm2: mi.Model) -> None:
+    task = mi.tasks.agreement(smollm2.tokenizer, n=4, seed=0, verbs=[("is", "are")])
+    with pytest.raises(TaskError, match=r"the file says verbs \['is/are'\], and making them gives \['is/are', 'was/were', 'has/"):
+        rebuild_task(smollm2, dict(task.provenance), "agreement")
 
 
 def test_what_cannot_be_verified() -> None:

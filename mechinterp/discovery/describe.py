@@ -185,6 +185,15 @@ def _role(at: str, looks: tuple[str, float], writes: Sequence[str], effect: floa
         return "induction"
     if at == "end" and "logits" in writes and where == "IO":
         return "name mover" if effect > 0 else "negative name mover"
+    if at == "end" and "logits" in writes and where == "C" and effect > 0:
+        return "argument mover"
     if at == "end" and where == "S2" and writes[:1] == ("logits",):
         return "copy suppression"
-    return {("end", "S2"): "S-inhibition", ("S2", "S1"): "duplicate token", ("S2", "S1+1"): "induction"}.get((at, where), "")
+    usual = {
+        ("end", "S2"): "S-inhibition",
+        ("S2", "S1"): "duplicate token",
+        ("S2", "S1+1"): "induction",
+        ("S1+1", "S1"): "previous token",
+        ("target", "earlier"): "previous token",
+    }
+    return usual.get((at, where), "")

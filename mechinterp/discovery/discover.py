@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mechinterp.core.ablation import Ablation
 from mechinterp.core.arguments import check_model_and_task
+from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
 from mechinterp.discovery.choosing import SELECTIONS, Search, Unit, choose, edge_places, edge_scores
 from mechinterp.discovery.methods import METHODS
@@ -16,9 +17,19 @@ from mechinterp.graph import Circuit
 from mechinterp.graph.select import check_count
 from mechinterp.patching.compare import Direction, MetricLike
 from mechinterp.patching.gradients import check_gradient
-from mechinterp.tasks import Metric, Task, resolve_metric
+from mechinterp.tasks import METRICS, Metric, Task, resolve_metric
 
-__all__ = ["METHODS", "SELECTIONS", "check_choices", "check_method", "discover", "edge_places", "edge_scores"]
+__all__ = [
+    "METHODS",
+    "SELECTIONS",
+    "check_choices",
+    "check_method",
+    "discover",
+    "edge_places",
+    "edge_scores",
+    "find",
+    "score_again",
+]
 
 
 def check_choices(method: str, selection: str) -> None:
@@ -169,6 +180,11 @@ def discover(
         memory=memory,
         progress=progress,
     )
+    return find(search, method)[0]
+
+
+def find(search: Search, method: str) -> tuple[Circuit, Effects | None]:
+    """What `discover` gives, and the scores of all edges or nodes where the method has them."""
     _check(search, method)
     started = time.perf_counter()
     found = METHODS[method].find(search)
@@ -181,5 +197,27 @@ def discover(
         "seconds": round(time.perf_counter() - started, 1),
     }
     if isinstance(found, Circuit):
-        return replace(found, provenance=provenance)
-    return choose(search, found, provenance | {"unit": unit, "baseline": dict(found.baseline)})
+        return replace(found, provenance=provenance), None
+    return choose(search, found, provenance | {"unit": search.unit, "baseline": dict(found.baseline)}), found
+
+
+def score_again(circuit: Circuit, model: Model, task: Task, *, progress: bool = False) -> Effects | None:
+    """The scores of all edges that a circuit was chosen by, as its provenance tells; None where it does not.
+
+    Parameters
+    ----------
+    circuit
+        From `discover`.
+    model, task
+        What it was found on.
+    """
+    origin = circuit.provenance
+    method, metric = str(origin.get("method")), origin.get("metric")
+    told = origin.get("unit") == "edge" and str(origin.get("ablation")).startswith("resample (") and metric in METRICS
+    if method not in METHODS or METHODS[method].points is None or METHODS[method].drawn or not told:
+        return None
+    steps, direction = max(1, len(origin.get("points", ()))), origin.get("direction", "noise")
+    found = METHODS[method].find(
+        Search(model=model, task=task, steps=steps, metric=metric, direction=direction, progress=progress)
+    )
+    return found if isinstance(found, Effects) else None

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from mechinterp.core.ablation import Ablation, as_ablation
 from mechinterp.core.arguments import check_model_and_task
+from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
 from mechinterp.core.resampling import draws
 from mechinterp.discovery.faithfulness import check_difference, faithfulness, interval_of, mean_of_ratios
 from mechinterp.discovery.further import look_further, told
 from mechinterp.discovery.running import run_circuits
+from mechinterp.errors import MetricError
 from mechinterp.graph import Circuit, check_circuit, random_edges
 from mechinterp.graph.certificate import VERSION
 from mechinterp.patching.compare import MetricLike
@@ -104,7 +106,8 @@ class Report:
         if self.random_interval is None:
             return "no random circuits beside it"
         low, high = self.random_interval
-        mean = sum(self.random_faithfulness) / n
+        # What rounds to nothing has no sign.
+        mean = round(sum(self.random_faithfulness) / n, 3) + 0.0
         return f"{n} random circuits of equal size: mean {mean:.3f} ({low:.3f} to {high:.3f}); beaten {self.beats_random}"
 
     def _repr_html_(self) -> str:
@@ -122,6 +125,8 @@ def evaluate(
     resamples: int = 2000,
     confidence: float = 0.95,
     thorough: bool = False,
+    thorough_prompts: int = 16,
+    scores: Effects | None = None,
     metric: MetricLike = None,
     progress: bool = False,
 ) -> Report:
@@ -142,9 +147,13 @@ def evaluate(
         How many random circuits with the same number of connected edges, of kinds in about the same shares, to run beside it.
     resamples, confidence
         Bootstrap over prompts for the interval of faithfulness.
-    thorough
+    thorough, thorough_prompts
         Also test completeness, minimality, other ablations and the hypotheses of an ideal circuit, as `mechinterp.completeness`,
-        `mechinterp.minimality`, `mechinterp.compare_ablations` and `mechinterp.check_hypotheses` do with at most 50 edges.
+        `mechinterp.minimality`, `mechinterp.compare_ablations` and `mechinterp.check_hypotheses` do with at most 50 edges, and
+        how well the model does without the circuit. Of the prompts only the first so many are taken, since that is dear.
+    scores
+        Of all edges, on the prompts that found the circuit, as `mechinterp.attribute` gives them. ``thorough`` then adds the
+        curve over all sizes (`mechinterp.size_curve`), and how much the circuit hangs on its prompts (`mechinterp.stability`).
     metric, progress
         As in `mechinterp.patch`.
 
@@ -157,7 +166,7 @@ def evaluate(
     ------
     MetricError
         Ablating everything (under "resample": the corrupt prompts) gives the same metric as the clean prompts, so that
-        faithfulness is undefined.
+        faithfulness is undefined; ``thorough_prompts`` below 1; ``scores`` without ``thorough``.
 
     Notes
     -----
@@ -174,6 +183,10 @@ def evaluate(
     """
     check_circuit(circuit)
     check_model_and_task(model, task)
+    if thorough_prompts < 1:
+        raise MetricError(f"thorough_prompts={thorough_prompts}: give a number of prompts from 1 on; 16 are usual")
+    if scores is not None and not thorough:
+        raise MetricError("scores= are for the size curve and stability, which a thorough judgement has: pass thorough=True too")
     started = time.perf_counter()
     rivals = [random_edges(circuit, seed=seed + i) for i in range(random_circuits)] if circuit.n_connected else []
     ablation = as_ablation(ablation, seed=seed)
@@ -184,7 +197,8 @@ def evaluate(
     rows = draws(len(task), resamples=resamples, seed=seed)
     spread = faithfulness(outs.circuits[:, rows], outs.clean[rows], outs.empty[rows])
     options: dict[str, Any] = {"ablation": ablation, "metric": metric, "progress": progress}
-    further, more = look_further(circuit, model, task, seed=seed, **options) if thorough else ({}, 0)
+    few = task[:thorough_prompts] if thorough else task
+    further, more = look_further(circuit, model, few, seed=seed, scores=scores, **options) if thorough else ({}, 0)
     return Report(
         task=task.name,
         model=model.name,

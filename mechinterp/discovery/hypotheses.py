@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -17,8 +17,8 @@ from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.model import Model
 from mechinterp.core.resampling import adjusted
 from mechinterp.core.testing import HSICTest, SignTest, binomial, hsic_test, sign_test
-from mechinterp.discovery.removals import knocked_out
-from mechinterp.discovery.running import run_circuits
+from mechinterp.discovery.removals import drawn_edges, knocked_out
+from mechinterp.discovery.running import CircuitRuns, run_circuits
 from mechinterp.errors import GraphError, MetricError
 from mechinterp.graph import Circuit, Edge, check_circuit
 from mechinterp.graph.inflate import inflate
@@ -205,24 +205,47 @@ def check_hypotheses(
     """
     check_circuit(circuit)
     check_model_and_task(model, task)
-    edges = list(circuit.connected())
+    edges = drawn_edges(circuit, sample, seed=seed)
     if not edges:
         raise GraphError(f"{circuit!r} has no connected edge, so there is nothing to test")
     if len(task) < 2:
         raise MetricError("hypotheses are tested over prompts, and the task has 1; give at least 2, better 50")
     if not 0 < quantile < 1 or inflated < 1:
         raise MetricError(f"quantile={quantile}, inflated={inflated}: give a share between 0 and 1, and at least one circuit")
-    if sample is not None and sample < len(edges):
-        edges = sorted(random.Random(seed).sample(edges, max(1, sample)), key=edges.index)
     ablation = as_ablation(ablation, seed=seed)
     options: dict[str, Any] = {"ablation": ablation, "metric": metric, "memory": memory, "progress": progress}
     outs = knocked_out(circuit, edges, model, task, **options)
+    others = run_circuits(model, task, other_circuits(circuit, inflated, seed=seed), **options)
+    levels: dict[str, Any] = {"epsilon": epsilon, "quantile": quantile, "correction": correction, "level": level}
+    return hypotheses_of(outs, others, edges, model, task, seed=seed, permutations=permutations, **levels)
+
+
+def other_circuits(circuit: Circuit, inflated: int, *, seed: int) -> list[Circuit]:
+    """Everything but the circuit; then each inflated circuit, with and without an edge of its random path."""
     generator = random.Random(seed)
     rows = [Circuit.full(circuit.shape) - circuit]
     for i in range(inflated):
         more, new = inflate(circuit, seed=seed + i)
         rows += [more, more - Circuit.from_edges(circuit.shape, [generator.choice(new)])]
-    others = run_circuits(model, task, rows, **options)
+    return rows
+
+
+def hypotheses_of(
+    outs: CircuitRuns,
+    others: CircuitRuns,
+    edges: Sequence[Edge],
+    model: Model,
+    task: Task,
+    *,
+    seed: int,
+    epsilon: float = 0.1,
+    quantile: float = 0.9,
+    permutations: int = 1000,
+    correction: str = "holm",
+    level: float = 0.05,
+) -> HypothesisTests:
+    """What `check_hypotheses` gives, from the runs of `knocked_out` and those of `other_circuits`."""
+    inflated = len(others.circuits) // 2
     eps = torch.finfo(model.dtype).eps
     rounding = 100 * eps * max(1.0, float(outs.clean.abs().max()))
     changes = (outs.circuits[0] - outs.circuits[1:]).abs().mean(dim=1)
@@ -247,6 +270,6 @@ def check_hypotheses(
             "inflated": inflated,
             "permutations": permutations,
             "seed": seed,
-            "forwards": 2 + 1 + len(edges) + 2 + len(rows) + 2 * (outs.ablation != "resample"),
+            "forwards": 2 + 1 + len(edges) + 2 + len(others.circuits) + 2 * (outs.ablation != "resample"),
         },
     )

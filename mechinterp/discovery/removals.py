@@ -243,15 +243,27 @@ def minimality(
     """
     check_circuit(circuit)
     check_model_and_task(model, task)
-    edges = list(circuit.connected())
+    edges = drawn_edges(circuit, sample, seed=seed)
     if not edges:
         raise GraphError(f"{circuit!r} has no connected edge to take away")
-    if sample is not None and sample < len(edges):
-        if seed is None:
-            raise GraphError(f"sample={sample} of {len(edges)} edges are drawn by chance: give a seed, minimality(..., seed=0)")
-        edges = sorted(random.Random(seed).sample(edges, max(1, sample)), key=edges.index)
     ablation = as_ablation(ablation, seed=seed)
     outs = knocked_out(circuit, edges, model, task, ablation=ablation, metric=metric, memory=memory, progress=progress)
+    return drops_of(outs, edges, model, task)
+
+
+def drawn_edges(circuit: Circuit, sample: int | None, *, seed: int | None) -> list[Edge]:
+    """The connected edges, or so many of them drawn by chance, in their order."""
+    edges = list(circuit.connected())
+    if sample is None or sample >= len(edges):
+        return edges
+    if seed is None:
+        raise GraphError(f"sample={sample} of {len(edges)} edges are drawn by chance: give a seed, minimality(..., seed=0)")
+    place = {edge: i for i, edge in enumerate(edges)}
+    return sorted(random.Random(seed).sample(edges, max(1, sample)), key=place.__getitem__)
+
+
+def drops_of(outs: CircuitRuns, edges: Sequence[Edge], model: Model, task: Task) -> Effects:
+    """What `minimality` gives, from the runs of `knocked_out`."""
     check_difference(outs, task)
     gap = (outs.clean - outs.empty).mean()
     return Effects(

@@ -5,9 +5,11 @@
 `ioi`              who receives the gift
 `greater_than`     a war ends after it began
 `induction`        random tokens, repeated
+`agreement`        one is, many are
+`gender`           the pronoun that goes with a name
+`docstring`        the argument that is documented next
 `Metric`           from the logits at the answer position to one number per example: `logit_diff`,
-`prob_diff`,
-                   `log_prob`, `accuracy`, `kl`
+`prob_diff`, `log_prob`, `accuracy`, `kl`
 `TASKS`            the generators by name, called with a tokenizer, ``n=`` and ``seed=``
 =================  ==========================================================================================
 """
@@ -18,6 +20,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from mechinterp.errors import TaskError, did_you_mean
+from mechinterp.tasks.agreement import agreement
+from mechinterp.tasks.docstring import docstring
+from mechinterp.tasks.gender import gender
 from mechinterp.tasks.greater_than import greater_than
 from mechinterp.tasks.induction import induction
 from mechinterp.tasks.ioi import ioi
@@ -44,8 +49,11 @@ __all__ = [
     "Task",
     "Tokenizer",
     "accuracy",
+    "agreement",
     "describe_tasks",
+    "docstring",
     "gather_answer_logits",
+    "gender",
     "greater_than",
     "induction",
     "ioi",
@@ -59,7 +67,9 @@ __all__ = [
     "word_tokenizer",
 ]
 
-TASKS: Mapping[str, Callable[..., Task]] = MappingProxyType({"ioi": ioi, "greater_than": greater_than, "induction": induction})
+TASKS: Mapping[str, Callable[..., Task]] = MappingProxyType(
+    {make.__name__: make for make in (ioi, greater_than, induction, agreement, gender, docstring)}
+)
 """The generators by name, each called as ``TASKS[name](tokenizer, n=..., seed=...)``."""
 
 

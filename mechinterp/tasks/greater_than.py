@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mechinterp.errors import TaskError
+from mechinterp.tasks.drawing import check_number, draw_distinct, known_words
 from mechinterp.tasks.task import Task
-from mechinterp.tasks.words import Tokenizer, encode, plain, single_token_words, spell, tokenizer_name
+from mechinterp.tasks.words import Tokenizer, encode, plain, spell, tokenizer_name
 
 __all__ = ["NOUNS", "greater_than"]
 
@@ -90,30 +91,20 @@ def greater_than(tokenizer: Tokenizer, *, n: int, seed: int, nouns: Sequence[str
     Hanna et al. (2023), "How does GPT-2 compute greater-than?", arXiv:2305.00586. There the start year
     itself counts as wrong; here it is left out.
     """
-    if n < 1:
-        raise TaskError(f"greater_than was asked for {n} pairs: n is at least 1.")
+    check_number("greater_than", n)
     years = _years(tokenizer)
-    known = single_token_words(tokenizer, NOUNS if nouns is None else nouns)
-    if nouns is not None and len(known) < len(set(nouns)):
-        longer = next(noun for noun in nouns if noun not in known)
-        raise TaskError(f"{longer!r} is not one token after a space for this tokenizer: leave it out of nouns=.")
+    known = known_words(tokenizer, NOUNS, nouns, "nouns")
     if not known:
         raise TaskError("no noun of greater_than is a single token for this tokenizer: pass nouns=[...] that are.")
 
     generator = random.Random(seed)
-    drawn: dict[str, tuple[str, int, int]] = {}
-    for _ in range(50 * n + 100):
-        if len(drawn) == n:
-            break
+
+    def draw(turn: int) -> tuple[str, tuple[str, int, int]]:
         noun = generator.choice(list(known))
         century, year = generator.choice(years.usable)
-        drawn.setdefault(_prompt(noun, century, year), (noun, century, year))
-    if len(drawn) < n:
-        raise TaskError(
-            f"only {len(drawn)} distinct prompts were found in {50 * n + 100} draws, and {n} were asked: "
-            "ask for fewer, or pass more nouns."
-        )
+        return _prompt(noun, century, year), (noun, century, year)
 
+    drawn = draw_distinct(n, draw, advice="more nouns")
     clean, corrupt, right, wrong = [], [], [], []
     positions: dict[str, list[int]] = {"noun": [], "century": [], "start": [], "end": []}
     for text, (noun, century, year) in drawn.items():

@@ -9,6 +9,7 @@ from string import Formatter
 from typing import NamedTuple
 
 from mechinterp.errors import TaskError, did_you_mean
+from mechinterp.tasks.drawing import check_number, draw_distinct
 from mechinterp.tasks.task import Task
 from mechinterp.tasks.words import Tokenizer, encode, single_token_words, spell, tokenizer_name
 
@@ -144,8 +145,7 @@ def ioi(
     replace all mentions; the default here changes S2 alone, so that everything before it is shared by both
     runs.
     """
-    if n < 1:
-        raise TaskError(f"ioi was asked for {n} pairs: n is at least 1.")
+    check_number("ioi", n)
     if corruption not in CORRUPTIONS:
         raise TaskError(f"ioi has no corruption {corruption!r}. {did_you_mean(corruption, CORRUPTIONS)}")
     known = _known_names(tokenizer, names)
@@ -258,11 +258,8 @@ def _check_template(template: str, places: list[str], objects: list[str]) -> Non
 def _draw(templates: list[str], names: list[str], places: list[str], objects: list[str], n: int, seed: int) -> list[_Fill]:
     """Draw n fills with distinct clean prompts; templates and orders take turns."""
     generator = random.Random(seed)
-    fills: dict[str, _Fill] = {}
-    for _ in range(50 * n + 100):
-        if len(fills) == n:
-            break
-        turn = len(fills)
+
+    def draw(turn: int) -> tuple[str, _Fill]:
         io, subject, *others = generator.sample(names, 5)
         fill = _Fill(
             template=templates[turn % len(templates)],
@@ -273,13 +270,9 @@ def _draw(templates: list[str], names: list[str], places: list[str], objects: li
             place=generator.choice(places or [""]),
             object=generator.choice(objects or [""]),
         )
-        fills.setdefault(fill.clean(), fill)
-    if len(fills) < n:
-        raise TaskError(
-            f"only {len(fills)} distinct prompts were found in {50 * n + 100} draws, and {n} were asked: "
-            "ask for fewer, or pass more names or templates."
-        )
-    return list(fills.values())
+        return fill.clean(), fill
+
+    return list(draw_distinct(n, draw, advice="more names or templates").values())
 
 
 def _positions(fills: list[_Fill], clean: list[list[int]], right: list[int], wrong: list[int]) -> dict[str, list[int]]:

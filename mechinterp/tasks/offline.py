@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from mechinterp.tasks.agreement import NOUNS as PAIRS
+from mechinterp.tasks.agreement import PREPOSITIONS, VERBS
+from mechinterp.tasks.docstring import ARGUMENTS
+from mechinterp.tasks.gender import FEMALE, MALE, ROLES
 from mechinterp.tasks.greater_than import NOUNS, TEMPLATE
 from mechinterp.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 
@@ -54,4 +58,13 @@ def _task_words() -> list[str]:
         *PLACES,
         *OBJECTS,
         *NOUNS,
+        *(word for pair in (*PAIRS, *VERBS) for word in pair),
+        *PREPOSITIONS,
+        *FEMALE,
+        *MALE,
+        *ROLES,
+        *["So", "is", "a", "really", "great", "isn", "'", "t", "she", "he"],
+        # As they are cut: at every change between letters and other marks.
+        *["def", "self", "param", "(", ":", "):", '"""'],
+        *ARGUMENTS,
     ]

@@ -122,6 +122,10 @@ def test_a_circuit_without_scores(setting: Any) -> None:
         ("end", ("S2", 0.5), ("a9.h1<q>",), 0.3, "S-inhibition"),
         ("S2", ("S1", 0.5), ("a9.h1<q>",), 0.3, "duplicate token"),
         ("S2", ("S1+1", 0.5), ("a9.h1<q>",), 0.3, "induction"),
+        ("S1+1", ("S1", 0.5), ("a9.h1<k>",), 0.3, "previous token"),
+        ("target", ("earlier", 0.5), ("a9.h1<k>",), 0.3, "previous token"),
+        ("end", ("C", 0.5), ("a9.h1<q>", "logits"), 0.3, "argument mover"),
+        ("end", ("C", 0.5), ("logits",), -0.3, ""),
         ("position 3", ("position 2", 0.9), ("logits",), 0.3, ""),
     ],
 )

@@ -19,8 +19,11 @@ def test_public_names() -> None:
         "Task",
         "Tokenizer",
         "accuracy",
+        "agreement",
         "describe_tasks",
+        "docstring",
         "gather_answer_logits",
+        "gender",
         "greater_than",
         "induction",
         "ioi",
@@ -49,7 +52,7 @@ def test_resolve_task() -> None:
     with pytest.raises(TaskError) as caught:
         resolve_task("greater")
     assert str(caught.value) == (
-        "there is no task 'greater'. Did you mean 'greater_than'? Pairs of your own are read with Task.from_jsonl."
+        "there is no task 'greater'. Did you mean 'greater_than' or 'gender'? Pairs of your own are read with Task.from_jsonl."
     )
 
 
