@@ -107,7 +107,8 @@ def attribute(
     ----------
     Nanda 2023 (attribution patching); Syed et al. 2023 (2310.10348); Hanna et al. 2024 (2403.17806), who take other
     points of the same path; Rezaei Jafari et al. 2025 (2508.21258), RelP; Kramár et al. 2024 (2403.00745), AtP*, who give
-    queries, keys and neurons as nodes. Here the mean over dropped layers is over those in which a score is left: all but its own,
+    queries, keys and neurons as nodes. In a model of few layers GradDrop loses much: with two, all that acts through the other
+    layer alone. Here the mean over dropped layers is over those in which a score is left: all but its own,
     and all of them for the embedding's node and for edges into the logits.
 
     Examples
