@@ -29,6 +29,10 @@ from mechinterp.patching.star import fixed_edges, fixed_sites, in_a_branch, unsi
 __all__ = ["RULES", "EdgeScores", "Rules", "SiteScores", "nodes_of", "written_difference"]
 
 
+# Of one matrix product of readers and writers at least.
+_ROWS = 64
+
+
 @dataclass(frozen=True)
 class Rules:
     """What takes the place of the gradient.
@@ -170,18 +174,23 @@ class EdgeScores(_Scores):
         self.coords: dict[str, tuple[Label, ...]] = {"edge": tuple(tuple(edge) for edge in self.layout.edges)}
         self.wanted = self.layout.written
         cfg, layers = model.cfg, range(model.cfg.n_layers)
-        fixed = [group for group in self.layout.groups if rules.fixes and group.port in ("q", "k")]
-        linear = [group for group in self.layout.groups if group not in fixed]
-        self.replayed = tuple(Site(group.port, group.layer) for group in fixed)
-        mixed = tuple(Site("z", layer) for layer in layers) if fixed else ()
+        self.fixed = [group for group in self.layout.groups if rules.fixes and group.port in ("q", "k")]
+        linear = [group for group in self.layout.groups if group not in self.fixed]
+        self.replayed = tuple(Site(group.port, group.layer) for group in self.fixed)
+        mixed = tuple(Site("z", layer) for layer in layers) if self.fixed else ()
         self.hooked = Selection((*(_gradient_site(group) for group in linear), *mixed))
         # q, k and v of a layer read the same stream through the same norm.
         places: dict[tuple[int, str], list[ReaderGroup]] = {}
         for group in linear:
             places.setdefault((group.layer, str(group.site) if group.port == "in" else ""), []).append(group)
-        self.together, self.fixed = list(places.values()), fixed
+        # Neighbouring places are scored together: few large products of matrices are faster than many small ones.
+        self.chunks: list[list[list[ReaderGroup]]] = [[]]
+        for groups in places.values():
+            if sum(len(group.readers) for place in self.chunks[-1] for group in place) >= _ROWS:
+                self.chunks.append([])
+            self.chunks[-1].append(groups)
         self.streams = Selection(tuple(Site("resid_pre", layer) for layer in layers))
-        self.bytes_per_token = 4 * cfg.d_model * (len(self.layout.writers) + len(self.layout.readers))
+        self.bytes_per_token = 4 * cfg.d_model * (len(self.layout.writers) + _ROWS + 3 * cfg.n_heads)
         if len(self.drops) > 1:
             self.bytes_per_token += 4 * len(self.drops) * (len(self.layout.edges) // 8 + len(mixed) * cfg.d_model)
 
@@ -190,92 +199,86 @@ class EdgeScores(_Scores):
         # Nothing differs before the runs first do.
         start = _start(runs)
         difference = written_difference(runs, self.layout, start)
-        # For each set of groups that read at one place ``[reader batch (pos d_model)]``, summed over the passes.
-        pulled: dict[ReaderGroup, Tensor] = {}
         slopes: list[dict[Site, Tensor]] = []
-        tables = []
+        tables: list[Tensor] = []
         passes = len(points) * len(lines)
         for line in lines:
             for found, values in self.gradients(runs, self.hooked, points, line, self.streams):
-                self._pull(found, values, start, pulled)
-                if self.rules.drops:
-                    tables.append(self._table(difference, pulled))
-                    pulled = {}
+                table = self._table(found, values, difference, start)
+                if tables and not self.rules.drops:
+                    tables[0] += table
+                else:
+                    tables.append(table)
                 slopes.append(found)
                 bar.update(2 if len(self.drops) == 1 else 1)
-        if not self.rules.drops:
-            tables.append(self._table(difference, pulled).div_(passes))
         scores = torch.stack(tables)
+        if not self.rules.drops:
+            scores /= passes
         if self.fixed:
-            scores = torch.cat([scores, *self._fix(runs, difference, slopes, memory)], dim=1)
-        scores = scores[:, self._order()].cpu()
+            self._fix(scores, runs, difference, slopes, memory)
+        scores = scores.cpu()
         if not self.rules.drops:
             return scores
-        return unsigned(scores, torch.tensor([reader != ("logits", "in") for reader in self._readers()]))
+        return unsigned(scores, torch.tensor([self.layout.readers[dst] != ("logits", "in") for dst in self.layout.dst]))
 
-    def _readers(self) -> list[tuple[str, str]]:
-        return [self.layout.readers[dst] for dst in self.layout.dst]
-
-    def _pull(
-        self, found: dict[Site, Tensor], values: Mapping[Site, Tensor], start: int, pulled: dict[ReaderGroup, Tensor]
-    ) -> None:
-        """Add the gradients at what is read to ``pulled``, and take them out of ``found``."""
-        for together in self.together:
-            read = [found.pop(_gradient_site(group))[:, start:] for group in together]
-            if together[0].port == "in":
-                each = read[0].float().flatten(1).unsqueeze(0)
-            else:
-                each = self._through_norm(together, read, values[Site("resid_pre", together[0].layer)][:, start:])
-            first = together[0]
-            pulled[first] = pulled[first].add_(each) if first in pulled else each
-
-    def _table(self, difference: Tensor, pulled: dict[ReaderGroup, Tensor]) -> Tensor:
-        """``[(group reader writer) batch]``, in the order of ``together``."""
-        columns = []
-        for together in self.together:
-            table = torch.bmm(difference[:, : together[0].n_writers], pulled.pop(together[0]).permute(1, 2, 0))
-            columns.append(table.permute(2, 1, 0).flatten(0, 1))
-        return torch.cat(columns)
+    def _table(self, found: dict[Site, Tensor], values: Mapping[Site, Tensor], difference: Tensor, start: int) -> Tensor:
+        """``[edge batch]`` of the gradients at what is read, which are taken out of ``found``; 0 at edges computed otherwise."""
+        layout, width = self.layout, self.model.cfg.d_model
+        batch, n_writers, size = difference.shape
+        products = difference.new_zeros(len(layout.readers), n_writers, batch)
+        # One piece of memory for all of them: a fresh one each time costs as much as a product.
+        most = max(sum(len(group.readers) for place in chunk for group in place) for chunk in self.chunks)
+        space = difference.new_empty(most, batch * size // width, width)
+        for chunk in self.chunks:
+            readers = [reader for place in chunk for group in place for reader in group.readers]
+            first = 0
+            for place in chunk:
+                out = space[first : first + sum(len(group.readers) for group in place)]
+                read = [found.pop(_gradient_site(group))[:, start:] for group in place]
+                if place[0].port == "in":
+                    out[0] = read[0].flatten(0, 1)
+                else:
+                    self._through_norm(place, read, values[Site("resid_pre", place[0].layer)][:, start:], out)
+                first += len(out)
+            # For the first readers of a chunk that is more than there are edges of.
+            heard = max(group.n_writers for place in chunk for group in place)
+            slopes = space[:first].reshape(first, batch, size).permute(1, 2, 0)
+            products[readers, :heard] = torch.bmm(difference[:, :heard], slopes).permute(2, 1, 0)
+        return products[torch.tensor(layout.dst, device=products.device), torch.tensor(layout.src, device=products.device)]
 
     def _fix(
-        self, runs: Comparison, difference: Tensor, slopes: Sequence[Mapping[Site, Tensor]], memory: int
-    ) -> Iterator[Tensor]:
-        """``[drop (reader writer) batch]`` of each group that reads queries or keys."""
+        self, scores: Tensor, runs: Comparison, difference: Tensor, slopes: Sequence[Mapping[Site, Tensor]], memory: int
+    ) -> None:
+        """Put what queries and keys do into ``scores [drop edge batch]``."""
         recording, start = self.recording(runs), _start(runs)
         change = rearrange(difference, "b w (p m) -> b w p m", m=self.model.cfg.d_model)
         if recording.start < start:
             change = torch.nn.functional.pad(change, (0, 0, start, 0))
+        src, dst = torch.tensor(self.layout.src), torch.tensor(self.layout.dst)
         for group in self.fixed:
             gradient = torch.stack([each[Site("z", group.layer)][:, recording.start :] for each in slopes])
-            yield fixed_edges(recording, group.layer, group.port, change[:, : group.n_writers], gradient, memory)
+            found = fixed_edges(recording, group.layer, group.port, change[:, : group.n_writers], gradient, memory)
+            own = ((dst >= group.readers.start) & (dst < group.readers.stop)).nonzero().flatten()
+            scores[:, own] = found[:, (dst[own] - group.readers.start) * group.n_writers + src[own]]
 
-    def _order(self) -> Tensor:
-        """Where each edge is in the columns of all groups, one reader after another."""
-        first: dict[int, int] = {}
-        count = 0
-        for group in (*(group for together in self.together for group in together), *self.fixed):
-            for reader in group.readers:
-                first[reader] = count
-                count += group.n_writers
-        return torch.tensor([first[dst] + src for src, dst in zip(self.layout.src, self.layout.dst, strict=True)])
-
-    def _through_norm(self, groups: Sequence[ReaderGroup], gradients: list[Tensor], stream: Tensor) -> Tensor:
-        """The gradients at q, k and v ``[b p h d]``, pulled back through projection and norm: ``[(q k v heads) b (p m)]``.
+    def _through_norm(self, groups: Sequence[ReaderGroup], gradients: list[Tensor], stream: Tensor, out: Tensor) -> None:
+        """The gradients at q, k and v ``[b p h d]``, pulled back through projection and norm to ``out [(q k v heads) (b p) m]``.
 
         Every head reads the same stream, so its own gradient needs no split of the stream in the forward pass.
         """
         layer = groups[0].layer
         module = self.model.norm("attn", layer)
-        weights = torch.cat([self.model.projection(layer, group.port).weight for group in groups])
-        gradient = torch.cat(gradients, dim=2)
+        weights = [self.model.projection(layer, group.port).weight for group in groups]
         norm = linear_norm(module, stream)
         if norm is not None:
-            return norm.pull(gradient, weights, frozen=self.rules.relevance)
-        normed = einsum(gradient, weights, "b p h d, h m d -> b p h m")
+            norm.pull(gradients, weights, out, frozen=self.rules.relevance)
+            return
+        each = zip(gradients, weights, strict=True)
+        normed = torch.cat([einsum(gradient, weight, "b p h d, h m d -> b p h m") for gradient, weight in each], dim=2)
         with torch.enable_grad():
             leaf = stream.unsqueeze(2).expand_as(normed).detach().requires_grad_()
-            out = module(leaf)
-        return rearrange(torch.autograd.grad(out, leaf, normed)[0].float(), "b p h m -> h b (p m)")
+            read = module(leaf)
+        out.copy_(rearrange(torch.autograd.grad(read, leaf, normed)[0], "b p h m -> h (b p) m"))
 
     def from_embed(self, flat: Tensor) -> Tensor:
         of_embed = [i for i, writer in enumerate(self.layout.src) if writer == 0]
@@ -297,13 +300,25 @@ def written_difference(runs: Comparison, layout: Layout, start: int, dtype: torc
 
     ``[batch writer (pos d_model)]``, summed in ``dtype``.
     """
+    model = runs.model
 
     def gap(site: Site) -> Tensor:
         return (runs.other[site][:, start:] - runs.receiver[site][:, start:]).to(dtype)
 
-    def heads(layer: int) -> Tensor:
+    first = gap(EMBED)
+    batch, length, width = first.shape
+    # Writers first: what the heads of a layer write is one product, which is written where it belongs.
+    table = first.new_empty(len(layout.writers), batch, length, width)
+    table[0] = first
+    for layer in range(layout.shape.n_layers):
         # z is d_head wide where a head output is d_model wide, so it is z that is kept and projected here.
-        z = Site("z", layer)
-        return head_changes(runs.model, layer, runs.receiver[z][:, start:], runs.other[z][:, start:])
-
-    return layout.stacked(gap, heads)
+        z, into = Site("z", layer), table[layout.head_writers(layer)]
+        if model.cfg.post_norm:
+            changes = head_changes(model, layer, runs.receiver[z][:, start:], runs.other[z][:, start:])
+            into.copy_(changes.permute(2, 0, 1, 3))
+        else:
+            moved = gap(z).permute(2, 0, 1, 3).flatten(1, 2)
+            torch.bmm(moved, model.projection(layer, "o").weight.to(dtype), out=into.flatten(1, 2))
+        if not layout.shape.attn_only:
+            table[layout.mlp_writer(layer)] = gap(Site("mlp_out", layer))
+    return table.flatten(2).transpose(0, 1)
