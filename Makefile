@@ -63,6 +63,8 @@ bench: $(READY) ## budgets in operations, and seconds beside transformer_lens (h
 	$(RUN) benchmarks/overhead.py --out benchmarks/overhead.json
 	$(RUN) benchmarks/sweeps.py --out benchmarks/sweeps.json
 	$(RUN) benchmarks/edges.py --out benchmarks/edges.json
+	$(RUN) benchmarks/attribution.py --out benchmarks/attribution.json
+	$(RUN) benchmarks/acdc.py --out benchmarks/acdc.json
 
 toys: $(READY) ## train the trained toy again (seeded)
 	$(RUN) scripts/train_toy.py

@@ -48,9 +48,9 @@ AUROC forgives a lot where most edges are in no circuit. Of the best-scored edge
 
 `exact` is `mi.edge_effects`, `EAP` is `mi.attribute(unit="edge")` with the gradient at the clean run and `EAP-IG` the same with
 {steps} points on the way to the counterfactual; `EAP, QK fix` computes attention exactly where queries or keys change
-(`rules="qk-fix"`). `ACDC` removes edges one after another (`mi.acdc`); an edge's score is the highest of the thresholds {thresholds}
-at which it stays. Decoys write what nobody reads, so that their exact effect is zero: these toys
-show where an estimate breaks down, not how it fares among many edges of small effect.
+(`rules="qk-fix"`). `ACDC` removes edges one after another (`mi.acdc`); an edge scores the highest threshold at which it stays,
+of {thresholds}. Decoys write what nobody reads, so that their exact effect is zero:
+these toys show where an estimate breaks down, not how it fares among many edges of small effect.
 
 Mean AUROC, and how many true edges score less than a tenth of their exact effect:
 
