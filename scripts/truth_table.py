@@ -1,6 +1,6 @@
 """How well does each method tell the edges of a known circuit from all others? On the hand-set toys and on generated ones.
 
-Writes ``docs/truth.md``. A few minutes on one core.
+Writes ``docs/truth.md``. Ten minutes on one core.
 """
 
 from __future__ import annotations
