@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,10 +124,7 @@ def _add_gates(registry: HookRegistry, closed: Sequence[int | None]) -> None:
 
     def gate(layer: int) -> Callable[[Tensor], Tensor]:
         def act(value: Tensor) -> Tensor:
-            # A tensor of its own: the hook sees what flows back through here alone.
-            passed = value.view_as(value)
-            if passed.requires_grad:
-                passed.register_hook(lambda gradient: gradient * float(closed[0] != layer))  # type: ignore[no-untyped-call]
+            passed: Tensor = _Gate.apply(value, layer, closed)
             return passed
 
         return act
@@ -135,3 +133,16 @@ def _add_gates(registry: HookRegistry, closed: Sequence[int | None]) -> None:
         for name in ("attn_out",) if registry.model.cfg.attn_only else ("attn_out", "mlp_out"):
             # Behind the leaves, so that what is added itself gets no gradient either, as all else in that layer.
             registry.transform(Site(name, layer), gate(layer), priority=1)
+
+
+class _Gate(torch.autograd.Function):
+    """The value as it is; backwards nothing while ``closed`` names the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, layer: int, closed: Sequence[int | None]) -> Tensor:
+        ctx.layer, ctx.closed = layer, closed
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0] * float(ctx.closed[0] != ctx.layer), None, None

@@ -17,6 +17,7 @@ from mechinterp.core.replay import Recording
 from mechinterp.core.run import Cache
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
+from mechinterp.errors import ModelError
 from mechinterp.graph import GraphShape
 from mechinterp.patching.activation import Grid
 from mechinterp.patching.compare import Comparison
@@ -96,7 +97,7 @@ class _Scores:
     def recording(self, runs: Comparison) -> Recording:
         """The receiving run, for replays from the first position at which anything differs."""
         if runs.recording is None:
-            raise RuntimeError("no recording was made of a model that was checked to allow one")
+            raise ModelError(f"the receiving run of {self.model.name} was not recorded; use rules='gradient'")
         return runs.recording.since(_start(runs) if self.model.replay_prefix else 0)
 
 
