@@ -124,7 +124,7 @@ def _add_gates(registry: HookRegistry, closed: Sequence[int | None]) -> None:
 
     def gate(layer: int) -> Callable[[Tensor], Tensor]:
         def act(value: Tensor) -> Tensor:
-            passed: Tensor = _Gate.apply(value, layer, closed)
+            passed: Tensor = _Gate.apply(value, layer, closed)  # type: ignore[no-untyped-call]
             return passed
 
         return act
