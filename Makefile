@@ -63,6 +63,8 @@ bench: $(READY) ## budgets in operations, and seconds beside transformer_lens (h
 	$(RUN) benchmarks/overhead.py --out benchmarks/overhead.json
 	$(RUN) benchmarks/sweeps.py --out benchmarks/sweeps.json
 	$(RUN) benchmarks/edges.py --out benchmarks/edges.json
+	$(RUN) benchmarks/acdc.py --out benchmarks/acdc.json
+	$(RUN) benchmarks/attribution.py --out benchmarks/attribution.json
 	$(RUN) benchmarks/lens.py --steps 16 --positions 112 --lr 3e-3 --out benchmarks/lens.json
 
 toys: $(READY) ## train the trained toy again (seeded)

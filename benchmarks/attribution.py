@@ -2,14 +2,14 @@
 
 Seconds are taken in turns, so that a busy machine slows both, and medians are given. The passes beside it are bare: the model's
 forward on the corrupt prompts without a graph, its forward on the clean ones with one from the embeddings on, and the backward
-pass of the metric, all of them unembedding the one position where the answer is read.
+pass of the metric, all of them unembedding the one position where the answer is read. Peak memory is that of all tensors but
+the weights, which were there before.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sweeps import gpt2, in_turns, random_pairs
+from sweeps import gpt2, in_turns, keep, random_pairs
+from torch.profiler import ProfilerActivity, profile
 
 import mechinterp as mi
 
@@ -39,40 +40,58 @@ def passes(model: mi.Model, task: mi.Task) -> Callable[[], None]:
     return run
 
 
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most bytes that a call's tensors took at once, by the allocator's own account (on a CPU)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
 def case(model: mi.Model, task: mi.Task, rounds: int) -> dict[str, Any]:
-    """Seconds of both, and the ratio of each round."""
+    """Seconds of both, and the ratio of each round; peak memory of estimates with more and more steps."""
     for parameter in model.hf.parameters():
         parameter.requires_grad_(False)
     runs = {"passes": passes(model, task), "EAP": lambda: mi.attribute(model, task, unit="edge")}
     times, _ = in_turns(runs, rounds, model.device)
     ratios = [eap / bare for eap, bare in zip(times["EAP"], times["passes"], strict=True)]
+    peaks = {steps: peak_bytes(lambda steps=steps: mi.attribute(model, task, unit="edge", steps=steps)) for steps in (0, 1, 2, 5)}
     return {
         "model": model.name,
+        "threads": torch.get_num_threads(),
         "edges": mi.GraphShape.of(model).n_edges,
         "work": f"{len(task)} pairs of {task.clean.shape[1]} tokens that first differ at {int(task.first_difference.min())}",
         "seconds": {name: [round(value, 3) for value in values] for name, values in times.items()},
         "times its passes, each round": [round(ratio, 2) for ratio in ratios],
         "times its passes, median": round(statistics.median(ratios), 3),
+        "MiB of tensors at most, beside the weights": {f"{steps} steps": round(size / 2**20) for steps, size in peaks.items()},
     }
 
 
+CASES: dict[str, Callable[[], tuple[mi.Model, mi.Task]]] = {
+    "gpt2-small": lambda: (gpt2(12, 768), random_pairs(50257, 15, 0)),
+    "gpt2-small-suffix": lambda: (gpt2(12, 768), random_pairs(50257, 15, 10)),
+    "smollm2": lambda: (model := mi.load("smollm2"), mi.tasks.ioi(model.tokenizer, n=8, seed=0)),
+}
+
+
 def main() -> None:
-    """Time it, and write the result down."""
+    """Time the cases that were named, and write the results down."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; all by default")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--first", type=int, default=0, help="first position at which the 15 tokens of a pair differ")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--out", type=Path, help="a JSON file")
     arguments = parser.parse_args()
-    model = gpt2(arguments.layers, arguments.width)
-    result = case(model, random_pairs(50257, 15, arguments.first)[: arguments.pairs], arguments.rounds)
-    sys.stdout.write(f"{json.dumps(result, indent=2)}\n")
-    if arguments.out:
-        machine = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
-        content = {"command": "python " + " ".join(sys.argv), **machine, "results": result}
-        arguments.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name in arguments.cases:
+        found = case(*CASES[name](), arguments.rounds)
+        sys.stdout.write(f"{name}: {json.dumps(found, indent=2)}\n")
+        sys.stdout.flush()
+        if arguments.out:
+            keep(arguments.out, name, found)
 
 
 if __name__ == "__main__":

@@ -54,15 +54,15 @@ def seconds(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def in_turns(
-    runs: dict[str, Callable[[], Any]], rounds: int, device: torch.device
+    runs: dict[str, Callable[[], Any]], rounds: int, device: torch.device, *, warm: bool = True
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of each call in each round, and the last results. One round before them is not counted."""
+    """Seconds of each call in each round, and the last results. With ``warm`` one round before them is not counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     results: dict[str, Any] = {}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + warm):
         for name, run in runs.items():
             took, results[name] = seconds(run, device)
-            if turn:
+            if turn or not warm:
                 times[name].append(took)
     return times, results
 

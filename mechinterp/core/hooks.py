@@ -262,6 +262,8 @@ class HookRegistry:
             step.fired = step.acted = 0
         # Hooks that others attached, and registries around this one, expect whole forward passes.
         wanted = self._may_stop and not active_registries() and not foreign_hooks(self.model)
+        # Of a module that is called alone no beginning is seen.
+        self._waiting = len(self._steps) if wanted and self.partial else -1
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             if me in _ACTIVE.get():

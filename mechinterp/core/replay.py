@@ -29,7 +29,18 @@ from mechinterp.core.sites import Site
 from mechinterp.core.spans import Place, part_of
 from mechinterp.errors import EditError, MechInterpError
 
-__all__ = ["ENTRIES", "Door", "Entry", "Recording", "door_of", "record", "replay", "replay_within", "why_not_exact"]
+__all__ = [
+    "ENTRIES",
+    "Door",
+    "Entry",
+    "Recording",
+    "door_of",
+    "record",
+    "replay",
+    "replay_block",
+    "replay_within",
+    "why_not_exact",
+]
 
 # What has to be computed again in the block where a change enters.
 # "tail": from the middle on (the MLP); "skip": nothing, the change is in what the block adds.
@@ -226,6 +237,15 @@ def replay_within(recording: Recording, registry: HookRegistry, copies: int, rea
         rows = torch.arange(copies * batch, device=hidden.device)
         logits = model.unembed(hidden[rows, (read - recording.start).repeat(copies)])
     return rearrange(logits, "(n b) v -> n b v", b=batch)
+
+
+def replay_block(recording: Recording, registry: HookRegistry, layer: int, hidden: Tensor) -> None:
+    """One block alone on copies of the receiving prompts that read ``hidden`` ``[(copy batch) pos d_model]``.
+
+    It ends as soon as everything in the registry, which is partial, has acted.
+    """
+    with torch.no_grad(), registry.stopping_early():
+        _run_block(recording, layer, hidden, len(hidden) // len(recording.tokens), {})
 
 
 def _changes(recording: Recording, layer: int, entries: Sequence[Entry]) -> dict[Site, list[tuple[int, Site, Tensor]]]:

@@ -102,10 +102,11 @@ def discover(
         What to explain.
     method
         A key of `METHODS`, which says of each what it does and costs. Gradient estimates: ``"eap"``, ``"eap-ig"``,
-        ``"eap-ig-activations"``, ``"clean-corrupt"``, ``"relp"``. Exact effects: ``"exact"``, or ``"screen-verify"``, which
-        measures the best estimates. Removal one after another: ``"acdc"``. Gates learnt together: ``"mask"``. Shares of what
-        is read, without another prompt: ``"flow"``. With ``"acdc"`` a threshold is that of `mechinterp.acdc`, and
-        ``selection`` means nothing; with ``"mask"`` a score is the chance of an open gate, with ``"flow"`` a share.
+        ``"eap-ig-activations"``, ``"clean-corrupt"``, ``"relp"``, ``"atp-star"``. Exact effects: ``"exact"``, or
+        ``"screen-verify"``, which measures the best estimates. Removal one after another: ``"acdc"``. Gates learnt together:
+        ``"mask"``. Shares of what is read, without another prompt: ``"flow"``. With ``"acdc"`` a threshold is that of
+        `mechinterp.acdc`, and ``selection`` means nothing; with ``"mask"`` a score is the chance of an open gate, with ``"flow"``
+        a share.
     unit
         ``"edge"``: edges are scored and chosen. ``"node"``: heads and MLPs are, and the circuit is all edges among those
         chosen, the embedding and the logits, without scores of their own.

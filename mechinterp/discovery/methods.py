@@ -75,6 +75,11 @@ def relp(search: Search) -> Effects:
     return attribute(search.model, search.task, unit=search.unit, rules="relp", **search.what)
 
 
+def atp_star(search: Search) -> Effects:
+    """Attention computed exactly, and gradients of which none cancels across a layer."""
+    return attribute(search.model, search.task, unit=search.unit, rules="atp-star", **search.what)
+
+
 def flow_routes(search: Search) -> Effects:
     """Shares of what is read."""
     return flow(search.model, search.task, memory=search.memory, progress=search.progress)
@@ -114,6 +119,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "relp": Method(
             "a backward pass with fixed norms, patterns and non-linearities (no queries, no keys); 3 forwards and 1 backward",
             relp,
+            lambda steps: path_points(0),
+        ),
+        "atp-star": Method(
+            "AtP*: attention exact for changed queries and keys, and no cancelling across layers (scores without a sign of their "
+            "own); 3 forwards, a backward for each layer, and of edges two rows of attention for each writer and later layer",
+            atp_star,
             lambda steps: path_points(0),
         ),
         "flow": Method(

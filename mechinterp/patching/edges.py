@@ -26,9 +26,9 @@ from mechinterp.core.sites import Site
 from mechinterp.errors import FileFormatError, GraphError, SelectorError
 from mechinterp.graph import Circuit, Edge, edges_called
 from mechinterp.graph.circuit import as_edge
-from mechinterp.patching.attribution import written_difference
 from mechinterp.patching.compare import Comparison, Direction, MetricLike, ablated_values, compare_runs, plan_runs, unit_of
 from mechinterp.patching.readers import Layout, ReaderGroup, layout_of
+from mechinterp.patching.scores import written_difference
 from mechinterp.tasks import Task, resolve_metric
 
 __all__ = ["edge_effects", "plan_edges"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ def gradients(
     capture: Selection | None = None,
     at: Site = EMBED,
     also: Callable[[HookRegistry], None] | None = None,
+    drops: Sequence[int | None] = (None,),
 ) -> Iterator[tuple[dict[Site, Tensor], dict[Site, Tensor]]]:
     """For each point of the path: dm/d(site) for whole sites, and the values of the captured ones.
 
@@ -70,14 +72,19 @@ def gradients(
     is summed over the batch, so each example has its own gradient whatever the batch is. The leaves that gradients are taken
     at leave the ``.grad`` of the caller's parameters alone. ``also`` adds to what acts on the passes.
 
+    With ``drops`` each forward pass serves a backward pass for each of them: in that of a layer nothing flows back through what
+    its attention and its MLP add to the stream; in that of ``None`` everything does.
+
     At point 0 a comparison that was made with a tape of these sites needs no pass of its own.
     """
+    closed: list[int | None] = [None]
     for point in points:
         leaves: dict[Site, Tensor] = {}
         values: dict[Site, Tensor] = {}
         # On the line of a later site its value is given, also at its end: nothing flows back through it.
         given = point != 0.0 or at != EMBED
-        if not given and runs.tape is not None and also is None and set(sites) == set(runs.tape.leaves):
+        plain = also is None and tuple(drops) == (None,)
+        if not given and runs.tape is not None and plain and set(sites) == set(runs.tape.leaves):
             leaves, logits = dict(runs.tape.leaves), runs.tape.logits
             values = {site: runs.receiver[site] for site in capture or ()}
         else:
@@ -93,6 +100,8 @@ def gradients(
                 also(registry)
             for site in sites:
                 registry.transform(site, growing(leaves, site))
+            if tuple(drops) != (None,):
+                _add_gates(registry, closed)
             if capture is not None:
                 registry.capture(capture, values)
             with torch.enable_grad(), registry:
@@ -100,7 +109,40 @@ def gradients(
         with torch.enable_grad():
             total = runs.measure(logits).sum()
         ordered = list(leaves)
-        # What the metric does not depend on has a gradient of zero.
-        found = torch.autograd.grad(total, [leaves[site] for site in ordered], allow_unused=True)
-        filled = [torch.zeros_like(leaves[site]) if each is None else each for site, each in zip(ordered, found, strict=True)]
-        yield dict(zip(ordered, filled, strict=True)), values
+        for i, drop in enumerate(drops):
+            closed[0] = drop
+            # What the metric does not depend on has a gradient of zero.
+            found = torch.autograd.grad(
+                total, [leaves[site] for site in ordered], allow_unused=True, retain_graph=i + 1 < len(drops)
+            )
+            filled = [torch.zeros_like(leaves[site]) if each is None else each for site, each in zip(ordered, found, strict=True)]
+            yield dict(zip(ordered, filled, strict=True)), values
+
+
+def _add_gates(registry: HookRegistry, closed: Sequence[int | None]) -> None:
+    """Stop the gradient behind what a layer adds to the stream, while ``closed`` names that layer."""
+
+    def gate(layer: int) -> Callable[[Tensor], Tensor]:
+        def act(value: Tensor) -> Tensor:
+            passed: Tensor = _Gate.apply(value, layer, closed)  # type: ignore[no-untyped-call]
+            return passed
+
+        return act
+
+    for layer in range(registry.model.cfg.n_layers):
+        for name in ("attn_out",) if registry.model.cfg.attn_only else ("attn_out", "mlp_out"):
+            # Behind the leaves, so that what is added itself gets no gradient either, as all else in that layer.
+            registry.transform(Site(name, layer), gate(layer), priority=1)
+
+
+class _Gate(torch.autograd.Function):
+    """The value as it is; backwards nothing while ``closed`` names the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, layer: int, closed: Sequence[int | None]) -> Tensor:
+        ctx.layer, ctx.closed = layer, closed
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0] * float(ctx.closed[0] != ctx.layer), None, None

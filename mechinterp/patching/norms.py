@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,30 +30,32 @@ class LinearNorm:
     unit: Tensor
     centred: bool
 
-    def pull(self, gradient: Tensor, projection: Tensor, *, frozen: bool = False) -> Tensor:
-        """The gradient at x, ``[head batch (pos d_model)]``, of what each head for itself projects from the norm's output.
+    def pull(self, gradients: Sequence[Tensor], projections: Sequence[Tensor], out: Tensor, *, frozen: bool = False) -> None:
+        """Write to ``out`` ``[head (batch pos) d_model]`` the gradient at x of what each head for itself projects from the norm.
 
         Of LayerNorm and RMSNorm that is scale * (g - unit * mean(g * unit)), with g the weighted (and centred) gradient at the
         output. With ``frozen`` the scale counts as a constant, and the second term falls away.
 
         Parameters
         ----------
-        gradient
-            ``[batch pos head d_head]``.
-        projection
-            ``[head d_model d_head]``.
+        gradients
+            ``[batch pos head d_head]`` each.
+        projections
+            ``[head d_model d_head]`` each, for as many heads.
         """
-        shaped = projection.float() * self.weight[:, None]
+        first = 0
+        for gradient, projection in zip(gradients, projections, strict=True):
+            scaled = (gradient.float() * self.scale.unsqueeze(2)).permute(2, 0, 1, 3).flatten(1, 2)
+            # One product for each head, in the layout that the scores are taken in: nothing is copied before it or after it.
+            torch.bmm(scaled, projection.float().transpose(1, 2), out=out[first : first + len(projection)])
+            first += len(projection)
+        out.mul_(self.weight)
         if self.centred:
-            shaped = shaped - shaped.mean(dim=1, keepdim=True)
-        scaled = (gradient.float() * self.scale.unsqueeze(2)).permute(2, 0, 1, 3).flatten(1, 2)
-        # One product for each head, in the layout that the scores are taken in: what follows copies nothing.
-        pulled = torch.bmm(scaled, shaped.transpose(1, 2))
+            out.sub_(out.mean(dim=-1, keepdim=True))
         if not frozen:
             unit = self.unit.flatten(0, 1)
-            along = torch.einsum("hnm,nm->hn", pulled, unit).div_(unit.shape[-1])
-            pulled.addcmul_(unit, along.unsqueeze(-1), value=-1)
-        return pulled.reshape(len(projection), len(gradient), -1)
+            along = (out * unit).mean(dim=-1, keepdim=True)
+            out.addcmul_(unit, along, value=-1)
 
 
 def linear_norm(module: nn.Module, x: Tensor) -> LinearNorm | None:

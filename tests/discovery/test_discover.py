@@ -15,8 +15,9 @@ from mechinterp.errors import GraphError, MetricError
 TOYS = ["induction", "gqa_induction", "copy", "memory"]
 
 
-# By definition: RelP gives queries and keys no score, and flow asks what is large, not what the answer hangs on.
-BLIND = {"relp": {"induction", "gqa_induction"}, "flow": set(TOYS)}
+# By definition: RelP gives queries and keys no score, AtP* in two layers none to what acts through the other layer alone, and
+# flow asks what is large, not what the answer hangs on.
+BLIND = {"relp": {"induction", "gqa_induction"}, "atp-star": {"induction", "gqa_induction"}, "flow": set(TOYS)}
 
 
 @pytest.mark.parametrize("name", TOYS)

@@ -429,6 +429,40 @@ def test_memory_in_use_is_flat_in_steps(setting: Any) -> None:
     assert len(set(alive[1:])) == 1
 
 
+def peak_bytes(run: Any) -> int:
+    """The most bytes that a call's tensors take at once, by the allocator's own account."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    held = most = 0
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def test_peak_memory_is_flat_in_steps(setting: Any) -> None:
+    """All tensors, not only those with a graph: gradients and tables of one point are gone before the next but one."""
+    task = setting.task[[0, 1, 2, 3, 4] * 8]
+    peaks = {n: peak_bytes(lambda n=n: mi.attribute(setting.model, task, unit="edge", steps=n)) for n in (2, 3, 8)}
+    assert peaks[2] > task.clean.numel() * setting.model.cfg.d_model * 4 * len(mi.GraphShape.of(setting.model).writers)
+    assert peaks[3] < 1.05 * peaks[2]
+    assert peaks[8] < 1.05 * peaks[2]
+
+
+def test_a_budget_of_memory_is_kept(setting: Any) -> None:
+    """More prompts take more memory only until the budget ends it."""
+    task = setting.task[[0, 1, 2, 3, 4] * 40]
+    mi.attribute(setting.model, task[:1], unit="edge")
+    budget = 4 << 20
+    free, bounded = (
+        peak_bytes(lambda size=size: mi.attribute(setting.model, task, unit="edge", memory=size)) for size in ("1 GiB", budget)
+    )
+    assert bounded < budget < free
+
+
 # -- a planted answer
 
 

@@ -92,7 +92,7 @@ def test_messages(settings: Any) -> None:
     assert str(caught.value).endswith("norms what attention and MLP add, for which RelP has no rule; use 'eap-ig'")
     with pytest.raises(MetricError) as wrong:
         mi.attribute(settings["gpt2"].model, task, rules="lrp")
-    assert str(wrong.value) == "rules='lrp': write 'gradient' or 'relp'"
+    assert str(wrong.value) == "rules='lrp': write one of 'gradient', 'relp', 'qk-fix', 'grad-drop', 'atp-star'"
     with pytest.raises(MetricError) as path:
         mi.attribute(settings["gpt2"].model, task, path="outputs")
     assert str(path.value) == "path='outputs': write 'inputs' or 'activations'"
