@@ -156,13 +156,11 @@ def head_rows(stories: Any, known: dict[str, str], here: dict[str, str]) -> str:
 
 def scored_labels(scores: Any) -> dict[str, str]:
     """The sorts of each head, with the score of each."""
-    found = {}
+    found, words = {}, scores.labels()
     for node, sorts in scores.named().items():
-        layer, head = node.removeprefix("a").split(".h")
-        found[node] = ", ".join(
-            f"{scores.labels()[node].split(', ')[i]} {float(scores[name].values[int(layer), int(head)]):.2f}"
-            for i, name in enumerate(sorts)
-        )
+        layer, head = map(int, node.removeprefix("a").split(".h"))
+        each = zip(words[node].split(", "), sorts, strict=True)
+        found[node] = ", ".join(f"{word} {float(scores[name].values[layer, head]):.2f}" for word, name in each)
     return found
 
 
