@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import mechinterp as mi
 from mechinterp.graph import connected_edges
+from mechinterp.lens.detectors import DETECTORS
 from mechinterp.verifying import rebuild_task
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +48,7 @@ The {n_heads} strongest of the circuit. *Effect*: what replacing the head's outp
 negative works against the answer), on the prompts that found the circuit, measured. *Known to do*: what `mi.head_scores` finds on 32
 sequences of random tokens said twice, that is without any of these prompts; only what differs from its null (Holm over all heads and
 detectors, p < 0.01) with a score of 0.2. *On these prompts*: the same on the held-out prompts.
-A BOS sink rests on the first token wherever it finds nothing to look at.
+Resting on the first token, as most heads do where they find nothing to look at, is left out.
 
 | head | effect | looks from | to | the pattern is called | known to do, on random tokens | on these prompts |
 | --- | ---: | --- | --- | --- | --- | --- |
@@ -158,11 +159,10 @@ def scored_labels(scores: Any) -> dict[str, str]:
     """The sorts of each head, with the score of each."""
     found = {}
     for node, sorts in scores.named().items():
-        layer, head = node.removeprefix("a").split(".h")
-        found[node] = ", ".join(
-            f"{scores.labels()[node].split(', ')[i]} {float(scores[name].values[int(layer), int(head)]):.2f}"
-            for i, name in enumerate(sorts)
-        )
+        layer, head = map(int, node.removeprefix("a").split(".h"))
+        # Most heads rest on the first token where they find nothing to look at.
+        told = [name for name in sorts if name != "bos_sink"]
+        found[node] = ", ".join(f"{DETECTORS[name].label} {float(scores[name].values[layer, head]):.2f}" for name in told)
     return found
 
 
