@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks first: begun last, they would keep one worker busy for minutes while the others have nothing left."""
+    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same global random state at the start of every test."""
