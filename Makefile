@@ -50,7 +50,7 @@ fix: $(READY) ## do what check would complain about, where a tool can
 	$(RUN) -m ruff format .
 
 notebooks: $(READY) ## execute the notebooks again, in place
-	$(RUN) -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(RUN) scripts/run_notebooks.py
 
 circuits: $(READY) ## make every circuit in circuits/ again, by the command that its file records
 	$(RUN) scripts/rebuild_circuits.py $(ARGS)
