@@ -393,6 +393,20 @@ def test_few_edges_and_many_are_summed_alike(setting: Any, architecture: str, sh
     )
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_nothing_is_heard_where_nothing_is_left(setting: Any, architecture: str) -> None:
+    """Without biases a head whose values hear zeros writes zeros: no norm may scale up what rounding leaves."""
+    model = mi.load(module_of(architecture))
+    chain = ["embed->a0.h0<q>", "a0.h0->m0", "m0->a1.h1<q>", "m0->a1.kv0<v>", "m0->m1", "a1.h1->m1", "m1->logits"]
+    circuit = mi.Circuit.from_edges(model, chain)
+    assert circuit.n_connected == len(chain)
+    some = [circuit, *drawn(model, [0.4, 0.6], seed=1)]
+    for circuits in ([circuit], some):
+        runs = mi.run_circuits(model, setting.task, circuits, ablation="zero", metric="logit_diff")
+        assert not runs.circuits[0].any()
+    assert runs.circuits[1:].abs().min() > 1e-3
+
+
 def test_hooks_and_gradients_are_left_alone(setting: Any) -> None:
     model = setting.model
     parameters = list(model.hf.parameters())
