@@ -100,6 +100,30 @@ class Pack:
         """``[batch writer (pos d_model)]``: what is ablated minus what the clean run writes."""
         return self.ablated - _written(self.runs.clean, self.layout, self.start)
 
+    def silent(self, n_writers: int) -> Tensor:
+        """``[batch pos d_model]``: what is read where all edges from the first writers are ablated, biases of attention included.
+
+        Added up from what they are ablated to, and not taken from a stream that held something else: under zero ablation what
+        is left by rounding would be all that a norm without a bias has to scale up.
+        """
+        model, layout = self.runs.model, self.layout
+        found = self._of(0)
+        for layer in range(layout.shape.n_layers):
+            if layout.head_writers(layer).stop <= n_writers:
+                found = found + model.attention_passes(layer, self.head_sum(layer))
+            if not layout.shape.attn_only and layout.mlp_writer(layer) < n_writers:
+                found = found + self._of(layout.mlp_writer(layer))
+        return found
+
+    def head_sum(self, layer: int) -> Tensor:
+        """``[batch pos d_model]``: what the ablated heads of a layer sum to with the bias, before a norm that they may pass."""
+        total = self._of(self.layout.head_writers(layer)).sum(dim=1)
+        bias = getattr(self.runs.model.block(layer).attn.o.original_component, "bias", None)
+        return total if bias is None else total + bias.detach()
+
+    def _of(self, writers: int | slice) -> Tensor:
+        return self.ablated[:, writers].unflatten(-1, (-1, self.runs.model.cfg.d_model))
+
     def measure(self, answers: Tensor) -> Tensor:
         """The metric ``[circuit batch]`` of answer logits ``[circuit batch vocab]``."""
         return torch.stack([self.runs.measure(each) for each in answers])
@@ -155,7 +179,7 @@ def _index(columns: Sequence[int]) -> slice | list[int]:
 
 @dataclass(frozen=True)
 class _Heard:
-    """How what some readers miss is summed: over the edges that are cut, or as everything less the edges that are kept.
+    """How what some readers read is summed: the stream and the edges that are cut, or silence and the edges that are kept.
 
     Parameters
     ----------
@@ -201,14 +225,10 @@ class _Pass:
         ablated = pack.ablated
         self.missing = ablated.new_empty(self.n, len(ablated), 0 if grad else len(needed), ablated.shape[-1])
         self.noted: list[Tensor] = []
-        # All that is missing of the writers so far, and what is written since then: (number of writers, sum).
-        self.totals = any(heard.kept for heard in self.heard.values())
-        self.total = pack.clean_gap[:, : self.n_fixed].sum(dim=1)[None] if self.totals and self.n_fixed else ablated.new_zeros(())
-        self.pending: list[tuple[int, Tensor]] = []
         # What heads sum to before a norm that they pass together, of each layer.
         self.summed: dict[int, Tensor] = {}
         self.streams: dict[int, Tensor] = {}
-        self.moved: dict[int, Tensor] = {}
+        self.read: dict[int, Tensor] = {}
 
     def _cut(self, group: ReaderGroup) -> Tensor:
         """``[circuit reader]``: whether a reader hears anything that is ablated."""
@@ -219,21 +239,21 @@ class _Pass:
         return self.outside[:, groups[0].readers.start : groups[-1].readers.stop, : groups[0].n_writers]
 
     def _heard(self, groups: Sequence[ReaderGroup]) -> _Heard:
-        """The shorter of both sums, where it is much shorter: some writers have to be copied out, all of them need not."""
+        """The shorter of both sums; over all writers where it is not much shorter, since some of them have to be copied out."""
         weights = self._weights(groups).detach()
-        everything = _Heard(tuple(range(weights.shape[-1])), kept=False)
+        every = tuple(range(weights.shape[-1]))
         if self.grad:
             # A gate that is 0 has a gradient as well.
-            return everything
+            return _Heard(every, kept=False)
         cut = tuple((weights != 0).any(dim=1).any(dim=0).nonzero()[:, 0].tolist())
-        if 2 * len(cut) < weights.shape[-1] or self.model.cfg.post_norm:
+        if 2 * len(cut) < len(every):
             return _Heard(cut, kept=False)
         rest = weights != 1
         if groups[0].port != "in":
             # Heads that no edge is cut from keep their own bits, whatever is said here.
             rest = rest & (weights != 0).any(dim=-1, keepdim=True)
         kept = tuple(rest.any(dim=1).any(dim=0).nonzero()[:, 0].tolist())
-        return _Heard(kept, kept=True) if 2 * len(kept) < weights.shape[-1] else everything
+        return _Heard(kept if 2 * len(kept) < len(every) else every, kept=True)
 
     def run(self) -> Tensor:
         model, task, layout, first = self.model, self.pack.runs.task, self.layout, self.first
@@ -267,11 +287,6 @@ class _Pass:
         else:
             self.missing[:, :, _index([self.slot[u] for u in writers])] = gap
 
-    def _note_total(self, writers: slice, value: Tensor) -> None:
-        """Keep what is missing of these writers together, which write ``value`` ``[(n b) pos d_model]``."""
-        ablated = self.pack.ablated[:, writers].sum(dim=1)
-        self.pending.append((writers.stop, ablated - rearrange(value, "(n b) p m -> n b (p m)", n=self.n)))
-
     def _keep_stream(self, layer: int) -> Callable[[Tensor], Tensor]:
         def act(value: Tensor) -> Tensor:
             self.streams.clear()
@@ -284,8 +299,6 @@ class _Pass:
         def act(value: Tensor) -> Tensor:
             if self.grad or writer in self.slot:
                 self._note([writer], value[:, self.start :].unsqueeze(2))
-            if self.totals:
-                self._note_total(slice(writer, writer + 1), value[:, self.start :])
             return value
 
         return act
@@ -300,8 +313,6 @@ class _Pass:
             z = value[:, self.start :]
             if wanted:
                 self._note(wanted, torch.einsum("bphd,hdm->bphm", z[:, :, heads], weight[heads]))
-            if self.totals:
-                self._note_total(writers, torch.einsum("bphd,hdm->bpm", z, weight))
             if self.model.cfg.post_norm:
                 self.summed[layer] = rearrange(self.model.attention_sums(layer, z), "(n b) p m -> n b 1 p m", n=self.n)
             return value
@@ -323,69 +334,60 @@ class _Pass:
             found = found + torch.matmul(weights[..., early], self.pack.clean_gap[:, early])
         return found
 
-    def _everything(self, n_writers: int) -> Tensor:
-        """What is missing of all writers before a reader: ``[n b (p m)]``. Readers ask in the order of the forward pass."""
-        while self.pending and self.pending[0][0] <= n_writers:
-            self.total = self.total + self.pending.pop(0)[1]
-        return self.total
-
-    def _missed(self, groups: Sequence[ReaderGroup]) -> Tensor:
-        """What the readers of these groups hear more, or less, than the stream holds: ``[(n b) pos reader d_model]``."""
-        heard = self.heard[tuple(groups)]
-        width = self.model.cfg.d_model
+    def _reads(self, groups: Sequence[ReaderGroup], stream: Tensor) -> Tensor:
+        """What the readers of these groups read where the stream is ``[(n b) pos d_model]``: ``[(n b) pos reader d_model]``."""
+        heard, model, n_writers = self.heard[tuple(groups)], self.model, groups[0].n_writers
         weights = self._weights(groups)[:, None].to(self.pack.ablated.dtype)
         if heard.kept:
-            everything = self._everything(groups[0].n_writers).unsqueeze(2)
-            found = (
-                everything - self._sum(1 - weights, heard.columns)
-                if heard.columns
-                else everything.expand(self.n, -1, weights.shape[2], -1)
-            )
-            return rearrange(found, "n b r (p m) -> (n b) p r m", m=width)
-        if not self.model.cfg.post_norm:
-            return rearrange(self._sum(weights, heard.columns), "n b r (p m) -> (n b) p r m", m=width)
-        # Heads are summed and normed together: what a reader misses is the difference of two normed sums.
-        through_norms = weights.new_zeros(())
+            # What is missing of what is kept is there again.
+            weights = weights - 1
+            found = self.pack.silent(n_writers)[None, :, None]
+        else:
+            found = rearrange(stream, "(n b) p m -> n b 1 p m", n=self.n)
+
+        def summed(columns: Sequence[int]) -> Tensor:
+            return rearrange(self._sum(weights, columns), "n b r (p m) -> n b r p m", m=model.cfg.d_model)
+
         direct = list(heard.columns)
-        for layer, current in self.summed.items():
+        for layer in range(self.layout.shape.n_layers) if model.cfg.post_norm else ():
+            # Heads are summed and normed together: what a reader misses is the difference of two normed sums.
             heads = self.layout.head_writers(layer)
-            cut = [u for u in heard.columns if heads.start <= u < heads.stop]
-            if heads.stop <= groups[0].n_writers and cut:
-                moved = rearrange(self._sum(weights, cut), "n b r (p m) -> n b r p m", m=width)
-                through_norms = (
-                    through_norms
-                    + self.model.attention_passes(layer, current + moved)
-                    - self.model.attention_passes(layer, current)
-                )
-                direct = [u for u in direct if u not in cut]
-        found = through_norms
+            own = [u for u in heard.columns if heads.start <= u < heads.stop]
+            if heads.stop <= n_writers and own:
+                before = self.pack.head_sum(layer)[None, :, None] if heard.kept else self.summed[layer]
+                moved = model.attention_passes(layer, before + summed(own))
+                found = found + moved - model.attention_passes(layer, before)
+                direct = [u for u in direct if u not in own]
         if direct:
-            found = found + rearrange(self._sum(weights, direct), "n b r (p m) -> n b r p m", m=width)
-        return rearrange(found, "n b r p m -> (n b) p r m")
+            found = found + summed(direct)
+        return rearrange(found.expand(self.n, -1, weights.shape[2], -1, -1), "n b r p m -> (n b) p r m")
+
+    def _touched(self, group: ReaderGroup) -> Tensor:
+        """``[(n b) 1 reader]``: readers that no edge is cut from keep their own bits."""
+        return self._cut(group).repeat_interleave(len(self.pack.ablated), dim=0).unsqueeze(1)
 
     def _read(self, group: ReaderGroup) -> Callable[[Tensor], Tensor]:
         def act(value: Tensor) -> Tensor:
-            new = value.clone()
-            new[:, self.start :] += self._missed([group]).squeeze(2)
-            return new
+            stream = value[:, self.start :]
+            new = self._reads([group], stream).squeeze(2).where(self._touched(group), stream)
+            return torch.cat([value[:, : self.start], new], dim=1) if self.start else new
 
         return act
 
     def _read_heads(self, group: ReaderGroup) -> Callable[[Tensor], Tensor]:
         together, layer, start = self.together[group], group.layer, self.start
         offset = group.readers.start - together[0].readers.start
-        touched = self._cut(group).repeat_interleave(len(self.pack.ablated), dim=0)[:, None, :, None]
+        touched = self._touched(group).unsqueeze(-1)
 
         def act(value: Tensor) -> Tensor:
-            if layer not in self.moved:
-                self.moved.clear()
-                self.moved[layer] = self._missed(together)
+            if layer not in self.read:
+                self.read.clear()
+                self.read[layer] = self._reads(together, self.streams[layer])
             # Each head's own projection of what it reads: the stream is not split by head before.
-            stream = self.streams[layer].unsqueeze(2) + self.moved[layer][:, :, offset : offset + len(group.readers)]
+            stream = self.read[layer][:, :, offset : offset + len(group.readers)]
             projection = self.model.projection(layer, group.port)
             new = torch.einsum("bphm,hmd->bphd", self.model.norm("attn", layer)(stream), projection.weight)
             new = new if projection.bias is None else new + projection.bias
-            # Heads that no edge is cut from keep their own bits.
             new = new.where(touched, value[:, start:])
             return new if not start else torch.cat([value[:, :start], new], dim=1)
 

@@ -18,7 +18,7 @@ from mechinterp.patching.readers import layout_of
 from mechinterp.tasks import accuracy
 from tests.core.conftest import ARCHITECTURES, module_of
 from tests.oracles import published
-from tests.reference import Intervention, Reference
+from tests.reference import Intervention, Reference, copy_of
 
 Edge = tuple[str, str, str]
 
@@ -391,6 +391,22 @@ def test_few_edges_and_many_are_summed_alike(setting: Any, architecture: str, sh
     torch.testing.assert_close(
         whole.measure(whole.answers(late, first=first)), whole.measure(whole.answers(late)), atol=3e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_no_norm_scales_up_what_rounding_leaves(architecture: str) -> None:
+    """Where all that a reader hears is zero, a norm without a bias makes any rounding large: single precision has to be enough."""
+    model = mi.load(module_of(architecture))
+    wide = copy_of(model, torch.float64)
+    clean = torch.randint(1, 61, (3, 6), generator=torch.Generator().manual_seed(1))
+    corrupt = clean.clone()
+    corrupt[:, 2] = (clean[:, 2] + 7) % 60 + 1
+    task = mi.Task(name="few", clean=clean, corrupt=corrupt, right=[3, 9, 27], wrong=[8, 5, 33])
+    for shares in ([0.02, 0.05, 0.1], [0.1, 0.2, 0.3], [0.7, 0.3]):
+        circuits = drawn(model, shares, seed=3)
+        exact = outputs(wide, task, circuits, ablation="zero")
+        torch.testing.assert_close(outputs(model, task, circuits, ablation="zero").double(), exact, atol=2e-5, rtol=0)
+    assert exact.abs().max() > 1
 
 
 def test_hooks_and_gradients_are_left_alone(setting: Any) -> None:
