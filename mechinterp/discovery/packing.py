@@ -100,19 +100,22 @@ class Pack:
         """``[batch writer (pos d_model)]``: what is ablated minus what the clean run writes."""
         return self.ablated - _written(self.runs.clean, self.layout, self.start)
 
-    def silent(self, n_writers: int) -> Tensor:
-        """``[batch pos d_model]``: what is read where all edges from the first writers are ablated, biases of attention included.
+    @cached_property
+    def silent(self) -> dict[int, Tensor]:
+        """``[batch pos d_model]`` for each number of writers: what is read where all edges from these are ablated, with biases.
 
         Added up from what they are ablated to, and not taken from a stream that held something else: under zero ablation what
         is left by rounding would be all that a norm without a bias has to scale up.
         """
         model, layout = self.runs.model, self.layout
-        found = self._of(0)
+        stream = self._of(0)
+        found = {1: stream}
         for layer in range(layout.shape.n_layers):
-            if layout.head_writers(layer).stop <= n_writers:
-                found = found + model.attention_passes(layer, self.head_sum(layer))
-            if not layout.shape.attn_only and layout.mlp_writer(layer) < n_writers:
-                found = found + self._of(layout.mlp_writer(layer))
+            stream = stream + model.attention_passes(layer, self.head_sum(layer))
+            found[layout.head_writers(layer).stop] = stream
+            if not layout.shape.attn_only:
+                stream = stream + self._of(layout.mlp_writer(layer))
+                found[layout.mlp_writer(layer) + 1] = stream
         return found
 
     def head_sum(self, layer: int) -> Tensor:
@@ -122,7 +125,7 @@ class Pack:
         return total if bias is None else total + bias.detach()
 
     def _of(self, writers: int | slice) -> Tensor:
-        return self.ablated[:, writers].unflatten(-1, (-1, self.runs.model.cfg.d_model))
+        return rearrange(self.ablated[:, writers], "... (p m) -> ... p m", m=self.runs.model.cfg.d_model)
 
     def measure(self, answers: Tensor) -> Tensor:
         """The metric ``[circuit batch]`` of answer logits ``[circuit batch vocab]``."""
@@ -341,7 +344,7 @@ class _Pass:
         if heard.kept:
             # What is missing of what is kept is there again.
             weights = weights - 1
-            found = self.pack.silent(n_writers)[None, :, None]
+            found = self.pack.silent[n_writers][None, :, None]
         else:
             found = rearrange(stream, "(n b) p m -> n b 1 p m", n=self.n)
 
