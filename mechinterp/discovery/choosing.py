@@ -67,6 +67,8 @@ def edge_scores(effects: Effects) -> dict[Edge, float]:
 
 def edge_places(effects: Effects) -> dict[Edge, int]:
     """Where each edge is among effects over edges."""
+    if not isinstance(effects, Effects):
+        raise GraphError(f"the scores are a {type(effects).__name__}; edges come from mi.attribute(model, task, unit='edge')")
     if effects.axes != ("edge",):
         raise GraphError(f"these effects are over {effects.axes}; edges come from mi.attribute(model, task, unit='edge')")
     return {Edge(*label): i for i, label in enumerate(effects.coords["edge"])}  # type: ignore[misc]

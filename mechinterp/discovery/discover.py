@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any, Literal
@@ -65,6 +66,8 @@ def _check(search: Search, method: str) -> None:
         raise GraphError(
             f"{' and '.join(f'{name}={size}' for name, size in sizes.items())} are two ways to choose; give one of them"
         )
+    if search.threshold is not None and not math.isfinite(search.threshold):
+        raise GraphError(f"threshold={search.threshold}: give a number, such as 0.01 of the difference to explain")
     if search.edges is not None:
         check_count(search.edges, search.shape.n_edges)
     if search.nodes is not None:

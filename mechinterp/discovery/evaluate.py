@@ -85,7 +85,8 @@ class Report:
     def __repr__(self) -> str:
         low, high = self.faithfulness_interval
         nothing = "" if self.ablation == "resample" else f", everything ablated {self.empty:.3f}"
-        away = "" if self.kl is None else f"; KL from the model {self.kl:.3f}"
+        # Without a minus before zero, where rounding leaves less than nothing.
+        away = "" if self.kl is None else f"; KL from the model {max(self.kl, 0.0):.3f}"
         return "\n".join(
             [
                 f"Report: {self.task} on {self.model}, {self.prompts} prompts, {self.ablation} ablation",

@@ -174,6 +174,7 @@ def test_provenance_says_how_far_down_the_ranking_it_went(setting: Any) -> None:
             {"unit": "node", "method": "screen-verify"},
             "the method 'screen-verify' works on edges alone; for unit='node' there are 'eap', 'eap-ig', ",
         ),
+        ({"threshold": float("nan")}, "threshold=nan: give a number, such as 0.01 of the difference to explain"),
         ({"nodes": 3}, "nodes=3 goes with unit='node'; of edges, give edges= or threshold="),
         ({"unit": "node", "nodes": 11}, "nodes=11: this model has 10 heads and MLPs to choose from; give 0 to 10"),
         ({"unit": "node", "nodes": 1, "edges": 2}, "edges=2 and nodes=1 are two ways to choose; give one of them"),

@@ -395,7 +395,7 @@ def test_few_edges_and_many_are_summed_alike(setting: Any, architecture: str, sh
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_no_norm_scales_up_what_rounding_leaves(architecture: str) -> None:
-    """Where all that a reader hears is zero, a norm without a bias makes any rounding large: single precision has to be enough."""
+    """Where all that a reader hears is zero, a norm without a bias makes any rounding large: float32 has to do."""
     model = mi.load(module_of(architecture))
     wide = copy_of(model, torch.float64)
     clean = torch.randint(1, 61, (3, 6), generator=torch.Generator().manual_seed(1))

@@ -55,3 +55,5 @@ def test_refusals() -> None:
         mi.stability(effects(torch.ones(5, 2)), SHAPE, edges=2, seed=0, selection="best")  # type: ignore[arg-type]
     with pytest.raises(GraphError, match="6 edges were asked for, and only 5 have a score"):
         mi.stability(effects(torch.ones(5, 2)), SHAPE, edges=6, seed=0)
+    with pytest.raises(GraphError, match=r"the scores are a GraphShape; edges come from mi.attribute"):
+        mi.stability(SHAPE, SHAPE, edges=2, seed=0)  # type: ignore[arg-type]
