@@ -122,7 +122,7 @@ class Pack:
         return total if bias is None else total + bias.detach()
 
     def _of(self, writers: int | slice) -> Tensor:
-        return self.ablated[:, writers].unflatten(-1, (-1, self.runs.model.cfg.d_model))
+        return rearrange(self.ablated[:, writers], "... (p m) -> ... p m", m=self.runs.model.cfg.d_model)
 
     def measure(self, answers: Tensor) -> Tensor:
         """The metric ``[circuit batch]`` of answer logits ``[circuit batch vocab]``."""
