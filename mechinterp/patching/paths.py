@@ -262,8 +262,13 @@ def _written(
         if torch.equal(new, old):
             continue
         if site.name == "mlp_post" and Site("mlp_out", layer) in changed:
-            # All that the MLP adds is put in.
+            # Counted with what the MLP adds.
             continue
+        if site.name == "mlp_out" and Site("mlp_post", layer) in changed:
+            # Neurons send first; what is put into the output, perhaps at some positions alone, stands.
+            post = Site("mlp_post", layer)
+            sent = old + take(model.neurons_add(layer, changed[post]) - model.neurons_add(layer, runs.receiver[post]))
+            new = torch.where(take(_put_in(runs, group, site)), new, sent)
         if site.name == "z":
             gap = model.attention_adds(layer, new) - model.attention_adds(layer, old)
         elif site.name == "mlp_post":
@@ -272,6 +277,13 @@ def _written(
             gap = new - old
         found.append((place_of(model, site, reads=False), gap))
     return found
+
+
+def _put_in(runs: Comparison, group: Values, whole: Site) -> Tensor:
+    """Where the senders put a value into a whole activation; of its shape."""
+    empty = Cache(runs.model, Selection((whole,)), {whole: torch.zeros_like(runs.receiver[whole])}, runs.task.positions)
+    own = [(site, torch.ones_like(value)) for site, value in group if site.whole == whole]
+    return empty.replaced(own)[whole] > 0
 
 
 def _heard(runs: Comparison, group: Values, ports: Iterable[Site]) -> dict[Site, Tensor]:

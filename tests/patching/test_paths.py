@@ -169,8 +169,8 @@ def test_positions_and_neurons(setting: Any) -> None:
         answer_pos=task.answer_pos,
         positions={"answer": task.answer_pos},
     )
-    there = mi.patch_paths(model, named, senders="m0", receivers="L1.H1.q[answer]", normalize=False)
-    torch.testing.assert_close(there.per_example, everywhere.per_example, atol=1e-5, rtol=0)
+    answering = mi.patch_paths(model, named, senders="m0", receivers="L1.H1.q[answer]", normalize=False)
+    torch.testing.assert_close(answering.per_example, everywhere.per_example, atol=1e-5, rtol=0)
     # All neurons together are the MLP.
     neurons = mi.patch_paths(model, task, senders="L1.mlp_post", receivers="logits", normalize=False)
     # What neurons add to the stream that the logits read is known from the two runs.
@@ -178,6 +178,12 @@ def test_positions_and_neurons(setting: Any) -> None:
     whole = mi.patch_paths(model, task, senders="m1", receivers="logits", normalize=False)
     torch.testing.assert_close(neurons.per_example, whole.per_example, atol=1e-5, rtol=0)
     one = mi.patch_paths(model, task, senders="L1.N3.mlp_post", receivers="logits", normalize=False)
+    # Beside a part of its MLP's output: there the output is what is sent, elsewhere the neuron.
+    pos = int(task.answer_pos[0])
+    both = mi.patch_paths(model, task, senders=f"L1.N3.mlp_post | L1.mlp_out[{pos}]", receivers="logits", normalize=False)
+    there = task.answer_pos == pos
+    assert there.any() and not there.all()
+    torch.testing.assert_close(both.per_example[0], whole.per_example[0].where(there, one.per_example[0]), atol=1e-5, rtol=0)
     clean, corrupt = mi.run(model, task, capture="L1.mlp_post"), mi.run(model, task.corrupt, capture="L1.mlp_post")
     moved = clean["L1.mlp_post"].clone()
     moved[..., 3] = corrupt["L1.mlp_post"][..., 3]
