@@ -26,7 +26,8 @@ class Intervention:
     Parameters
     ----------
     cut, instead
-        Readers hear ``instead[u]`` where they would hear what u writes, over the edges in ``cut``.
+        Readers hear ``instead[u]`` where they would hear what u writes, over the edges in ``cut``. Where that maps an edge
+        to a mask ``[batch pos]``, they do so at its positions alone.
     put
         A function of what a node writes that gives what it writes instead, for all its readers.
     shift
@@ -35,7 +36,7 @@ class Intervention:
         Filled with a zero tensor for each (reader, port) and for each writer, for gradients with respect to them.
     """
 
-    cut: Collection[Edge] = ()
+    cut: Collection[Edge] | Mapping[Edge, Tensor] = ()
     instead: Mapping[str, Tensor] = field(default_factory=dict)
     put: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     shift: Mapping[int, Tensor] = field(default_factory=dict)
@@ -148,7 +149,8 @@ class Reference:
             stream = rest + sum(written.values())
             for writer, value in written.items():
                 if (writer, node, port) in change.cut:
-                    stream = stream + change.instead[writer] - value
+                    where = change.cut[writer, node, port] if isinstance(change.cut, Mapping) else torch.ones(1)
+                    stream = stream + (change.instead[writer] - value) * where[..., None]
             return stream if change.leaves is None else stream + change.leaves.setdefault((node, port), leaf(stream))
 
         written["embed"] = write("embed", self.embed(tokens))

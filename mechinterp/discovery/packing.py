@@ -22,9 +22,9 @@ from mechinterp.core.sites import Site
 from mechinterp.graph import Circuit
 from mechinterp.patching.compare import Comparison, MetricLike, compare_runs
 from mechinterp.patching.readers import EMBED, Layout, ReaderGroup, layout_of
-from mechinterp.tasks import Task
+from mechinterp.tasks import Spans, Task
 
-__all__ = ["Pack", "Packing", "outside_of"]
+__all__ = ["Pack", "Packing", "outside_at", "outside_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +118,18 @@ class Pack:
         """
         return _Pass(self, outside, first, grad).run()
 
+    def answers_at(self, outside: Tensor, index: Tensor) -> Tensor:
+        """The same where edges are ablated at some spans alone.
+
+        Parameters
+        ----------
+        outside
+            ``[circuit span reader writer]``
+        index
+            ``[batch pos]``: the span of each token.
+        """
+        return _SpanPass(self, outside, index[:, self.start :]).run()
+
 
 def every_writer(layout: Layout) -> Selection:
     """Every writer as a site of its own."""
@@ -134,6 +146,24 @@ def outside_of(circuit: Circuit, layout: Layout) -> Tensor:
     writers = {name: i for i, name in enumerate(layout.writers)}
     readers = {reader: i for i, reader in enumerate(layout.readers)}
     mask[[readers[edge.dst, edge.port] for edge in circuit.edges], [writers[edge.src] for edge in circuit.edges]] = 0.0
+    return mask
+
+
+def outside_at(circuit: Circuit, layout: Layout, spans: Spans) -> Tensor:
+    """``[span reader writer]``: 1 where the edge exists and is not in the circuit at this span.
+
+    Raises
+    ------
+    TaskError
+        A span of the circuit that the prompts do not have.
+    """
+    mask = outside_of(circuit, layout).expand(len(spans.names), -1, -1).clone()
+    writers = {name: i for i, name in enumerate(layout.writers)}
+    readers = {reader: i for i, reader in enumerate(layout.readers)}
+    for edge, kept in circuit.spans.items():
+        cut = torch.ones(len(spans.names))
+        cut[[spans.place(name) for name in kept]] = 0.0
+        mask[:, readers[edge.dst, edge.port], writers[edge.src]] = cut
     return mask
 
 
@@ -317,11 +347,15 @@ class _Pass:
             late_gap = torch.cat(self.noted, dim=2)[:, :, _index(late)]
         else:
             late_gap = self.missing[:, :, _index([self.slot[u] for u in late])]
-        found = torch.matmul(weights[..., _index(late)], late_gap)
+        found = self._product(weights[..., _index(late)], late_gap)
         if len(late) < len(columns):
             early = _index([u for u in columns if u < self.n_fixed])
-            found = found + torch.matmul(weights[..., early], self.pack.clean_gap[:, early])
+            found = found + self._product(weights[..., early], self.pack.clean_gap[:, early])
         return found
+
+    def _product(self, weights: Tensor, gap: Tensor) -> Tensor:
+        """``[n b reader (p m)]`` of weights ``[n 1 reader writer]`` and what is missing, ``[n b writer (p m)]``."""
+        return torch.matmul(weights, gap)
 
     def _everything(self, n_writers: int) -> Tensor:
         """What is missing of all writers before a reader: ``[n b (p m)]``. Readers ask in the order of the forward pass."""
@@ -390,3 +424,27 @@ class _Pass:
             return new if not start else torch.cat([value[:, :start], new], dim=1)
 
         return act
+
+
+class _SpanPass(_Pass):
+    """The same where ``outside`` is ``[circuit span reader writer]``: each position has the weights of its span."""
+
+    def __init__(self, pack: Pack, outside: Tensor, index: Tensor) -> None:
+        # Padding has no span and is given the last one's weights: no answer hears it.
+        self.index = index
+        super().__init__(pack, outside, first=0, grad=False)
+
+    def _cut(self, group: ReaderGroup) -> Tensor:
+        return self._weights([group]).any(dim=-1).any(dim=1)
+
+    def _weights(self, groups: Sequence[ReaderGroup]) -> Tensor:
+        return self.outside[:, :, groups[0].readers.start : groups[-1].readers.stop, : groups[0].n_writers]
+
+    def _heard(self, groups: Sequence[ReaderGroup]) -> _Heard:
+        cut = self._weights(groups).flatten(0, 2).any(dim=0)
+        return _Heard(tuple(cut.nonzero()[:, 0].tolist()), kept=False)
+
+    def _product(self, weights: Tensor, gap: Tensor) -> Tensor:
+        here = weights[:, 0, self.index]
+        gap = rearrange(gap, "... b w (p m) -> ... b p w m", m=self.model.cfg.d_model)
+        return rearrange(torch.matmul(here, gap), "n b p r m -> n b r (p m)")

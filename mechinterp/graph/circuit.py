@@ -23,10 +23,11 @@ from mechinterp.graph.nodes import Edge, GraphShape, counted
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Circuit", "check_circuit"]
+__all__ = ["Circuit", "check_circuit", "check_everywhere"]
 
 FORMAT: Final = "mechinterp-circuit"
-VERSION: Final = 1
+# A circuit without spans is written as version 1, which knew none.
+VERSION: Final = 2
 PICTURES: Final = (".dot", ".svg", ".png", ".pdf", ".html", ".jpg", ".jpeg")
 
 EdgeLike = Edge | str | tuple[str, str, str]
@@ -49,12 +50,15 @@ class Circuit:
         Where it came from: ``model``, ``task``, ``method``, seed, versions, cost. Anything JSON can hold.
     report
         How good it is: numbers from an evaluation. Anything JSON can hold. See `with_report`.
+    spans
+        Of an edge that carries something at some positions alone: the names of these spans (``task.spans``), each with its
+        score or None, or just the names. An edge that is not here carries at all positions.
 
     Raises
     ------
     GraphError
-        If an edge does not exist in this shape, a score is not a finite number, or `provenance` or `report`
-        hold something that JSON cannot.
+        If an edge does not exist in this shape, a score is not a finite number, `provenance` or `report`
+        hold something that JSON cannot, or spans are given of an edge that is not in the circuit, or none of one that is.
 
     Examples
     --------
@@ -73,6 +77,7 @@ class Circuit:
     scores: Mapping[Edge, float | None]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    spans: Mapping[Edge, Mapping[str, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = GraphShape.of(self.shape)
@@ -84,6 +89,7 @@ class Circuit:
         object.__setattr__(self, "scores", MappingProxyType(scores))
         object.__setattr__(self, "provenance", MappingProxyType(plain_mapping(self.provenance, "provenance")))
         object.__setattr__(self, "report", MappingProxyType(plain_mapping(self.report, "report")))
+        object.__setattr__(self, "spans", MappingProxyType(as_spans(self.spans, scores)))
 
     # --- making one
 
@@ -142,10 +148,11 @@ class Circuit:
         """The circuit as a networkx object, frozen: take ``circuit.graph.copy()`` to change it.
 
         Keyed by port. Edges carry ``kind`` (``"scored"`` or ``"structural"``), the reader's ``layer`` and
-        ``head``, and ``score`` where they have one. Its ``graph.graph`` holds the shape.
+        ``head``, and ``score`` where they have one, and ``spans`` (``"S1,end"``) where they carry at some alone. Its ``graph.graph`` holds the shape.
         """
         edges: list[tuple[Edge, dict[str, object]]] = [
-            (edge, {} if score is None else {"score": score}) for edge, score in self.scores.items()
+            (edge, ({} if score is None else {"score": score}) | ({"spans": ",".join(self.spans[edge])} if edge in self.spans else {}))
+            for edge, score in self.scores.items()
         ]
         return nx.freeze(build_graph(self.shape, self.nodes, edges))
 
@@ -177,7 +184,31 @@ class Circuit:
         A KV head conducts to all of its query heads, by structural edges. See `connected_edges_of` for what
         dropping the rest means under different ablations. Provenance and report are kept.
         """
-        return replace(self, scores={edge: self.scores[edge] for edge in self._connected})
+        return self.only(self._connected)
+
+    def only(self, edges: Iterable[EdgeLike]) -> Circuit:
+        """The circuit of some of its edges, with their scores and spans; provenance and report are kept.
+
+        Raises
+        ------
+        GraphError
+            An edge that is not in the circuit.
+        """
+        kept = [as_edge(edge) for edge in edges]
+        for edge in kept:
+            if edge not in self.scores:
+                raise GraphError(f"{edge} is not in this circuit of {counted(len(self), 'edge')}.")
+        spans = {edge: self.spans[edge] for edge in kept if edge in self.spans}
+        return replace(self, scores={edge: self.scores[edge] for edge in kept}, spans=spans)
+
+    def everywhere(self) -> Circuit:
+        """The same edges at all positions."""
+        return replace(self, spans={}) if self.spans else self
+
+    @property
+    def n_pairs(self) -> int:
+        """The number of pairs of edge and span; an edge that carries at all positions is one."""
+        return len(self) - len(self.spans) + sum(map(len, self.spans.values()))
 
     @cached_property
     def _connected(self) -> tuple[Edge, ...]:
@@ -205,29 +236,86 @@ class Circuit:
     # --- comparing
 
     def __or__(self, other: Circuit) -> Circuit:
-        """Edges of either; where both score an edge, the left one's score."""
+        """Edges of either, each at the spans of either; where both score an edge, the left one's score."""
         self._check_same_shape(other)
-        return self._combined("union", other, {**other.scores, **self.scores})
+        # What carries everywhere in one of them does so in both together.
+        either = {
+            edge: {**other.spans.get(edge, {}), **self.spans.get(edge, {})}
+            for edge in {**self.spans, **other.spans}
+            if (edge in self.spans or edge not in self.scores) and (edge in other.spans or edge not in other.scores)
+        }
+        return self._combined("union", other, {**other.scores, **self.scores}, either)
 
     def __and__(self, other: Circuit) -> Circuit:
-        """Edges of both, with the left one's scores."""
+        """Edges of both, at the spans of both, with the left one's scores."""
         self._check_same_shape(other)
-        return self._combined("intersection", other, {e: s for e, s in self.scores.items() if e in other.scores})
+        both: dict[Edge, Mapping[str, float | None]] = {}
+        for edge in self.scores.keys() & other.scores.keys():
+            mine, theirs = self.spans.get(edge), other.spans.get(edge)
+            if mine is not None:
+                both[edge] = mine if theirs is None else {span: mine[span] for span in mine if span in theirs}
+            elif theirs is not None:
+                both[edge] = dict.fromkeys(theirs)
+        kept = {e: s for e, s in self.scores.items() if e in other.scores and both.get(e, True)}
+        return self._combined("intersection", other, kept, {e: spans for e, spans in both.items() if spans})
 
     def __sub__(self, other: Circuit) -> Circuit:
-        """Edges of the left one alone."""
+        """Edges of the left one alone, and the spans of the left one alone where both have an edge.
+
+        Raises
+        ------
+        GraphError
+            An edge is everywhere in the left one and at some spans in the right one: which others there are it does not say.
+        """
         self._check_same_shape(other)
-        return self._combined("difference", other, {e: s for e, s in self.scores.items() if e not in other.scores})
+        self._check_same_grain(other, only_left=True)
+        left: dict[Edge, Mapping[str, float | None]] = {}
+        for edge, spans in self.spans.items():
+            gone = other.spans.get(edge, spans if edge in other.scores else {})
+            left[edge] = {span: score for span, score in spans.items() if span not in gone}
+        kept = {e: s for e, s in self.scores.items() if left.get(e, e not in other.scores)}
+        return self._combined("difference", other, kept, {e: spans for e, spans in left.items() if spans})
 
     def iou(self, other: Circuit) -> float:
-        """How much do two circuits agree? Edges of both, over edges of either; 1.0 for two empty ones."""
-        self._check_same_shape(other)
-        either = len(self.scores.keys() | other.scores.keys())
-        return len(self.scores.keys() & other.scores.keys()) / either if either else 1.0
+        """How much do two circuits agree? Edges of both, over edges of either; 1.0 for two empty ones.
 
-    def _combined(self, operation: str, other: Circuit, scores: Mapping[Edge, float | None]) -> Circuit:
+        Of edges with spans it is the pairs of edge and span that count.
+
+        Raises
+        ------
+        GraphError
+            An edge is everywhere in one and at some spans in the other.
+        """
+        self._check_same_shape(other)
+        self._check_same_grain(other)
+        mine, theirs = self._pairs, other._pairs
+        either = len(mine | theirs)
+        return len(mine & theirs) / either if either else 1.0
+
+    @cached_property
+    def _pairs(self) -> frozenset[tuple[Edge, str | None]]:
+        """Edges with their spans; None for everywhere."""
+        return frozenset((edge, span) for edge in self.scores for span in self.spans.get(edge, (None,)))
+
+    def _combined(
+        self,
+        operation: str,
+        other: Circuit,
+        scores: Mapping[Edge, float | None],
+        spans: Mapping[Edge, Mapping[str, float | None]],
+    ) -> Circuit:
         sources = {"left": self.provenance, "right": other.provenance}
-        return Circuit(self.shape, scores, {"method": operation, **sources})
+        # The score of an edge at some of its spans is the sum of theirs.
+        scores = {edge: total(spans.get(edge, {}).values(), score) for edge, score in scores.items()}
+        return Circuit(self.shape, scores, {"method": operation, **sources}, spans=spans)
+
+    def _check_same_grain(self, other: Circuit, *, only_left: bool = False) -> None:
+        for edge in self.scores.keys() & other.scores.keys():
+            if (edge in self.spans) != (edge in other.spans) and not (only_left and edge in self.spans):
+                raise GraphError(
+                    f"{edge} is at all positions in one of these circuits and at some spans in the other, and which spans there "
+                    "are is not known here. Compare the edges alone: circuit.everywhere()."
+                )
 
     def _check_same_shape(self, other: Circuit) -> None:
         if self.shape != other.shape:
@@ -241,7 +329,8 @@ class Circuit:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mappingproxy can be neither copied nor pickled.
-        return Circuit, (self.shape, dict(self.scores), dict(self.provenance), dict(self.report))
+        spans = {edge: dict(scores) for edge, scores in self.spans.items()}
+        return Circuit, (self.shape, dict(self.scores), dict(self.provenance), dict(self.report), spans)
 
     # --- taking it elsewhere
 
@@ -271,13 +360,18 @@ class Circuit:
         return plain
 
     def to_frame(self) -> pd.DataFrame:
-        """A table of the scored edges with the columns ``src dst port value``; needs pandas."""
+        """A table of the scored edges with the columns ``src dst port value``; needs pandas.
+
+        With spans there is a row for each pair and a column ``span``, None for everywhere.
+        """
         try:
             import pandas as pd
         except ImportError as error:
             raise missing_extra("a table", "pandas", "frames") from error
-        rows = [(*edge, math.nan if score is None else score) for edge, score in self.scores.items()]
-        return pd.DataFrame(rows, columns=["src", "dst", "port", "value"]).astype({"value": "float64"})
+        every = ((edge, self.spans.get(edge, {None: score})) for edge, score in self.scores.items())
+        rows = [(*edge, span, math.nan if score is None else score) for edge, at in every for span, score in at.items()]
+        frame = pd.DataFrame(rows, columns=["src", "dst", "port", "span", "value"]).astype({"value": "float64"})
+        return frame if self.spans else frame.drop(columns="span")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the circuit as JSON, one line per edge; folders are made, an old file is replaced at once.
@@ -297,12 +391,14 @@ class Circuit:
             )
         content = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.spans else 1,
             "shape": {f.name: getattr(self.shape, f.name) for f in fields(self.shape)},
             "provenance": dict(self.provenance),
             "report": dict(self.report),
             "edges": {str(edge): score for edge, score in self.scores.items()},
         }
+        if self.spans:
+            content["spans"] = {str(edge): dict(scores) for edge, scores in self.spans.items()}
         write_atomically(target, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
         return target
 
@@ -323,7 +419,8 @@ class Circuit:
             shape = GraphShape(**content["shape"])
             edges = {Edge.parse(text): as_score(text, score) for text, score in content["edges"].items()}
             said = {key: plain_mapping(content.get(key, {}), key) for key in ("provenance", "report")}
-            return cls(shape, edges, **said)
+            spans = {Edge.parse(text): scores for text, scores in content.get("spans", {}).items()}
+            return cls(shape, edges, **said, spans=spans)
         except (KeyError, TypeError, AttributeError, GraphError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise FileFormatError(f"{path} is a circuit file, but a broken one: {reason}") from error
@@ -332,7 +429,8 @@ class Circuit:
 
     def __repr__(self) -> str:
         edges = f"{counted(len(self), 'edge')} ({self.n_connected} connected) of {self.shape.n_edges}"
-        return f"Circuit: {edges}, {counted(len(self.nodes), 'node')}" + (f", {self.origin}" if self.origin else "")
+        at = f", {counted(self.n_pairs, 'pair')} of edge and span" if self.spans else ""
+        return f"Circuit: {edges}{at}, {counted(len(self.nodes), 'node')}" + (f", {self.origin}" if self.origin else "")
 
     def _repr_svg_(self) -> str | None:
         # Imported here because drawing builds on circuits.
@@ -354,6 +452,21 @@ def check_circuit(circuit: object) -> None:
     if not isinstance(circuit, Circuit):
         raise GraphError(
             f"a {type(circuit).__name__} was given where a circuit belongs: the circuit comes first, then model and task"
+        )
+
+
+def check_everywhere(circuit: Circuit, what: str) -> None:
+    """Refuse a circuit of which some edges carry at some spans alone.
+
+    Raises
+    ------
+    GraphError
+        It has spans.
+    """
+    if circuit.spans:
+        raise GraphError(
+            f"{what} knows edges at all positions alone, and {counted(len(circuit.spans), 'edge')} of this circuit "
+            f"{'carries' if len(circuit.spans) == 1 else 'carry'} at some spans. For the edges without spans: circuit.everywhere()."
         )
 
 
@@ -379,6 +492,29 @@ def as_score(edge: Edge | str, score: object) -> float | None:
     if not math.isfinite(number):
         raise GraphError(f"The score of {edge} is {number}. Give a finite number, or None for no score.")
     return number
+
+
+def as_spans(spans: object, scores: Mapping[Edge, float | None]) -> dict[Edge, Mapping[str, float | None]]:
+    """The spans of edges with a score or None for each, in the order of the edges."""
+    if not isinstance(spans, Mapping):
+        raise GraphError(f"spans is a {type(spans).__name__}. Give a mapping of edges to the names of their spans.")
+    given: dict[Edge, Mapping[str, float | None]] = {}
+    for key, names in spans.items():
+        edge = as_edge(key)
+        if edge not in scores:
+            raise GraphError(f"There are spans of {edge}, which is not in the circuit. Give it a score too, or None.")
+        if isinstance(names, str) or not names:
+            raise GraphError(f"The spans of {edge} are {names!r}. Give their names, as task.spans has them, or leave it out.")
+        each = names if isinstance(names, Mapping) else dict.fromkeys(names)
+        is_spoken = all(is_name(name, f"The spans of {edge}") for name in each)
+        given[edge] = MappingProxyType({name: as_score(edge, score) for name, score in each.items() if is_spoken})
+    return {edge: given[edge] for edge in scores if edge in given}
+
+
+def total(scores: Iterable[float | None], otherwise: float | None) -> float | None:
+    """The sum of those that there are."""
+    known = [score for score in scores if score is not None]
+    return sum(known) if known else otherwise
 
 
 def plain_mapping(mapping: object, name: str) -> dict[str, Any]:
@@ -432,9 +568,9 @@ def read_content(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise FileFormatError(f"{path} is not a circuit: its format is {found!r}, not {FORMAT!r}. {remedy}")
-    if content.get("version") != VERSION:
+    if content.get("version") not in range(1, VERSION + 1):
         raise FileFormatError(
-            f"{path} is of version {content.get('version')!r}; this mechinterp reads version {VERSION}. Upgrade mechinterp."
+            f"{path} is of version {content.get('version')!r}; this mechinterp reads versions 1 to {VERSION}. Upgrade mechinterp."
         )
     return content
 

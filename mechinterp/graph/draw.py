@@ -199,8 +199,7 @@ def strongest(circuit: Circuit, n: int, connected: bool) -> Circuit:
     if not 0 < len(keep) <= n:
         # Where nothing of that size is connected, edges that dangle are better than none.
         keep = ranked[:n]
-    edges = [index.edges[i] for i in keep]
-    return Circuit(circuit.shape, {edge: circuit.scores[edge] for edge in edges}, circuit.provenance)
+    return circuit.only(index.edges[i] for i in keep)
 
 
 def caption_of(circuit: Circuit, shown: Circuit, connected: bool) -> str:

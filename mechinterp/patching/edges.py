@@ -24,7 +24,7 @@ from mechinterp.core.plan import Cell, Plan, progress_bar
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
 from mechinterp.errors import FileFormatError, GraphError, SelectorError
-from mechinterp.graph import Circuit, Edge, edges_called
+from mechinterp.graph import Circuit, Edge, check_everywhere, edges_called
 from mechinterp.graph.circuit import as_edge
 from mechinterp.patching.compare import Comparison, Direction, MetricLike, ablated_values, compare_runs, plan_runs, unit_of
 from mechinterp.patching.readers import Layout, ReaderGroup, layout_of
@@ -191,6 +191,7 @@ def _chosen(layout: Layout, edges: Edges) -> list[Edge]:
     if isinstance(edges, Circuit):
         if edges.shape != layout.shape:
             raise GraphError(f"{edges!r} is a circuit of another model: its graph has {edges.shape}, this one {layout.shape}")
+        check_everywhere(edges, "A choice of edges to measure")
         wanted = set(edges.edges)
     elif isinstance(edges, str):
         # Arrows may have room around them.
