@@ -11,7 +11,17 @@ from mechinterp.core.ablation import Ablation
 from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
 from mechinterp.errors import GraphError
-from mechinterp.graph import Circuit, Edge, GraphShape, best_pairs, connected_edges, greedy_edges, scored_edges, threshold_edges, top_edges
+from mechinterp.graph import (
+    Circuit,
+    Edge,
+    GraphShape,
+    best_pairs,
+    connected_edges,
+    greedy_edges,
+    scored_edges,
+    threshold_edges,
+    top_edges,
+)
 from mechinterp.patching.compare import Direction, MetricLike
 from mechinterp.tasks import Task
 

@@ -87,7 +87,8 @@ def _check_positions(search: Search, method: str) -> None:
     n = search.shape.n_edges * len(search.task.spans.filled)
     if search.edges is not None and (isinstance(search.edges, bool) or not 0 <= search.edges <= n):
         raise GraphError(
-            f"edges={search.edges}: with positions=True these are pairs of an edge and a span, of which there are {n}; give 0 to {n}"
+            f"edges={search.edges}: with positions=True these are pairs of an edge and a span, of which there are {n}; "
+            f"give 0 to {n}"
         )
 
 
@@ -243,7 +244,12 @@ def score_again(circuit: Circuit, model: Model, task: Task, *, progress: bool = 
     """
     origin = circuit.provenance
     method, metric = str(origin.get("method")), origin.get("metric")
-    told = not circuit.spans and origin.get("unit") == "edge" and str(origin.get("ablation")).startswith("resample (") and metric in METRICS
+    told = (
+        not circuit.spans
+        and origin.get("unit") == "edge"
+        and str(origin.get("ablation")).startswith("resample (")
+        and metric in METRICS
+    )
     if method not in METHODS or METHODS[method].points is None or METHODS[method].drawn or not told:
         return None
     steps, direction = max(1, len(origin.get("points", ()))), origin.get("direction", "noise")

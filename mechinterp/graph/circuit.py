@@ -148,12 +148,13 @@ class Circuit:
         """The circuit as a networkx object, frozen: take ``circuit.graph.copy()`` to change it.
 
         Keyed by port. Edges carry ``kind`` (``"scored"`` or ``"structural"``), the reader's ``layer`` and
-        ``head``, and ``score`` where they have one, and ``spans`` (``"S1,end"``) where they carry at some alone. Its ``graph.graph`` holds the shape.
+        ``head``, and ``score`` where they have one, and ``spans`` (``"S1,end"``) where they carry at some alone.
+        Its ``graph.graph`` holds the shape.
         """
         edges: list[tuple[Edge, dict[str, object]]] = [
-            (edge, ({} if score is None else {"score": score}) | ({"spans": ",".join(self.spans[edge])} if edge in self.spans else {}))
-            for edge, score in self.scores.items()
+            (edge, {} if score is None else {"score": score}) for edge, score in self.scores.items()
         ]
+        edges = [(edge, said | ({"spans": ",".join(self.spans[edge])} if edge in self.spans else {})) for edge, said in edges]
         return nx.freeze(build_graph(self.shape, self.nodes, edges))
 
     @property
@@ -466,7 +467,7 @@ def check_everywhere(circuit: Circuit, what: str) -> None:
     if circuit.spans:
         raise GraphError(
             f"{what} knows edges at all positions alone, and {counted(len(circuit.spans), 'edge')} of this circuit "
-            f"{'carries' if len(circuit.spans) == 1 else 'carry'} at some spans. For the edges without spans: circuit.everywhere()."
+            f"{'carries' if len(circuit.spans) == 1 else 'carry'} at some spans. For the edges without them: circuit.everywhere()."
         )
 
 

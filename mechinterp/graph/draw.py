@@ -121,8 +121,8 @@ class Diagram:
 
     @cached_property
     def svg(self) -> str:
-        """A self-contained SVG element. Hovering over an edge shows its score. Needs pygraphviz."""
-        return clean_svg(self.render("svg").decode(), edge_ids(self.circuit), self.circuit.scores)
+        """A self-contained SVG element. Hovering over an edge shows its score and spans. Needs pygraphviz."""
+        return clean_svg(self.render("svg").decode(), edge_ids(self.circuit), self.circuit)
 
     @cached_property
     def html(self) -> str:
@@ -215,4 +215,5 @@ def caption_of(circuit: Circuit, shown: Circuit, connected: bool) -> str:
     else:
         which = f"The strongest {len(shown)}" + (" that connect," if connected else "")
         drawn = f"{which} of {counted(total, 'edge')} in the circuit"
-    return f"{drawn}, {circuit.shape.n_edges} in the model."
+    at = f" They carry at some spans of the prompts: {counted(shown.n_pairs, 'pair')} of edge and span." if shown.spans else ""
+    return f"{drawn}, {circuit.shape.n_edges} in the model.{at}"

@@ -115,5 +115,5 @@ def random_pairs(like: Circuit, *, seed: int) -> Circuit:
     for edge in drawn:
         if edge not in model_of:
             model_of[edge] = left.pop() if left else generator.choice(live.edges)
-    spans = {edge: tuple(live.spans[other]) for edge, other in model_of.items() if other in live.spans}
+    spans = {edge: dict.fromkeys(live.spans[other]) for edge, other in model_of.items() if other in live.spans}
     return replace(drawn, spans=spans)

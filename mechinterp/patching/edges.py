@@ -108,7 +108,6 @@ def edge_effects(
     """
     check_model_and_task(model, task)
     layout = layout_of(model)
-    over = (over,) if isinstance(over, str) else tuple(over)
     chosen, positions = _chosen(layout, edges), _positions(task, over)
     task = task.to(model.device)
     flat = torch.full((len(chosen) * len(positions), len(task)), torch.nan)
@@ -123,7 +122,7 @@ def edge_effects(
         "edges": [str(edge) for edge in chosen],
         "positions": positions,
     }
-    if over == ("span",):
+    if isinstance(positions[0], str):
         said["spans"] = task.spans.index.tolist()
     clean, corrupt = [], []
     ablated = ablated_values(ablation, model, task, layout.written, direction)
@@ -155,7 +154,8 @@ def edge_effects(
     axes: tuple[str, ...] = ("edge",)
     coords: dict[str, tuple[Label, ...]] = {"edge": tuple(tuple(edge) for edge in chosen)}
     if over:
-        axes, coords = ("edge", *over), coords | {over[0]: tuple(positions)}
+        split = "span" if isinstance(positions[0], str) else "pos"
+        axes, coords = ("edge", split), coords | {split: tuple(where for where in positions if where is not None)}
     scale = unit_of(baseline, direction, metric=rule, task=task) if normalize else 1.0
     provenance = runs.provenance(method="edge patching", site="", normalized=normalize, forwards=2 + len(flat))
     return Effects(

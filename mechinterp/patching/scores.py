@@ -172,7 +172,8 @@ class EdgeScores(_Scores):
     def __init__(self, model: Model, rules: Rules, spans: Spans | None = None) -> None:
         super().__init__(model, rules)
         self.layout: Layout = layout_of(model)
-        self.axes, self.site = ("edge",), ""
+        self.site = ""
+        self.axes: tuple[str, ...] = ("edge",)
         self.coords: dict[str, tuple[Label, ...]] = {"edge": tuple(tuple(edge) for edge in self.layout.edges)}
         self.spans = spans
         if spans is not None:
@@ -315,7 +316,7 @@ class EdgeScores(_Scores):
 
     def from_embed(self, flat: Tensor) -> Tensor:
         of_embed = [i for i, writer in enumerate(self.layout.src) if writer == 0]
-        return flat.unflatten(0, (len(self.layout.edges), -1))[of_embed].sum(dim=(0, 1))
+        return flat.reshape(len(self.layout.edges), -1, flat.shape[-1])[of_embed].sum(dim=(0, 1))
 
 
 def _start(runs: Comparison) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mechinterp as mi
-from mechinterp.errors import GraphError, TaskError
+from mechinterp.errors import GraphError
 from mechinterp.graph import scored_edges
 from tests.reference import Intervention, Reference
 
