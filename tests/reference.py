@@ -184,10 +184,13 @@ class Reference:
         answer = logits[rows, task.answer_pos]
         return answer[rows, task.right[:, 0]] - answer[rows, task.wrong[:, 0]]
 
-    def slopes(self, task: Any, edges: Iterable[Edge], *, base: Written | None = None, size: float = 1e-4) -> dict[Edge, Tensor]:
+    def slopes(
+        self, task: Any, edges: Iterable[Edge], *, base: Written | None = None, size: float = 1e-4, where: Tensor | None = None
+    ) -> dict[Edge, Tensor]:
         """How the metric changes ``[batch]`` as one edge moves towards the corrupt value, by central differences.
 
-        ``base`` puts other token embeddings in the place of the clean ones: a point of a path between the prompts.
+        ``base`` puts other token embeddings in the place of the clean ones: a point of a path between the prompts. ``where``
+        ``[batch pos]``: it moves at these positions alone.
         """
         clean, corrupt = self.run(task.clean)[1], self.run(task.corrupt)[1]
         put = {} if base is None else {"embed": lambda value: base["embed"]}
@@ -198,7 +201,8 @@ class Reference:
             ends = []
             for sign in (1, -1):
                 instead = {writer: here[writer] + sign * size * (corrupt[writer] - clean[writer])}
-                ends.append(self.metric(task, Intervention(cut={edge}, instead=instead, put=put)))
+                cut: Any = {edge} if where is None else {edge: where}
+                ends.append(self.metric(task, Intervention(cut=cut, instead=instead, put=put)))
             found[edge] = (ends[0] - ends[1]) / (2 * size)
         return found
 

@@ -115,7 +115,9 @@ def describe(circuit: Circuit, model: Model, task: Task, *, heads: int = 12) -> 
         reads = _strongest([edge for edge in circuit.edges if edge.dst in inputs], circuit, outgoing=False)
         at = (words[place], float(shares[place] / shares.sum().clamp(min=1e-12)))
         # Names of roles go by where a head writes, at whichever span.
-        role = _role(at[0], looks[0], _strongest([edge for edge in plain.edges if edge.src == name], plain, outgoing=True), effect)
+        role = _role(
+            at[0], looks[0], _strongest([edge for edge in plain.edges if edge.src == name], plain, outgoing=True), effect
+        )
         stories.append(HeadStory(name, effect, at, looks, reads, writes, role, error_of[name]))
     return tuple(stories)
 

@@ -81,8 +81,8 @@ def best_pairs(
         said |= {"rule": "threshold", "threshold": float(threshold)}
     else:
         n = min(200, len(pairs)) if n is None else n
-        if not 0 <= n <= len(pairs):
-            raise GraphError(f"{n} pairs of edge and span were asked for, and {len(pairs)} have a score. Ask for 0 to that.")
+        if isinstance(n, bool) or not 0 <= n <= len(pairs):
+            raise GraphError(f"n={n!r} pairs of an edge and a span: {len(pairs)} have a score. Give 0 to {len(pairs)}.")
         said["n"] = n
         if rule == "connected":
             said["taken"], keep = best_connected(parallel, ranked, n)

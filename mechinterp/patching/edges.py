@@ -25,7 +25,7 @@ from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
 from mechinterp.errors import FileFormatError, GraphError, SelectorError
 from mechinterp.graph import Circuit, Edge, check_everywhere, edges_called
-from mechinterp.graph.circuit import as_edge
+from mechinterp.graph.values import as_edge
 from mechinterp.patching.compare import Comparison, Direction, MetricLike, ablated_values, compare_runs, plan_runs, unit_of
 from mechinterp.patching.readers import Layout, ReaderGroup, layout_of
 from mechinterp.patching.scores import written_difference

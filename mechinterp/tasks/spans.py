@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mechinterp.errors import TaskError, did_you_mean
+from mechinterp.errors import TaskError
 
 __all__ = ["Spans", "spans_of"]
 
@@ -71,7 +71,7 @@ class Spans:
             There is no such span.
         """
         if name not in self.names:
-            raise TaskError(f"the prompts have no span {name!r}. {did_you_mean(name, self.names)}")
+            raise TaskError(f"the prompts have no span {name!r}; there are {', '.join(map(repr, self.names))}")
         return self.names.index(name)
 
     def __repr__(self) -> str:
