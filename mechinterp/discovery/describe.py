@@ -79,7 +79,7 @@ def describe(circuit: Circuit, model: Model, task: Task, *, heads: int = 12) -> 
     Returns
     -------
     tuple of HeadStory
-        Strongest first. Attention is the mean over the clean prompts. Of a circuit with spans, with the two strongest of each edge.
+        Strongest first. Attention is the mean over the clean prompts. Edges with spans are told with the two strongest.
 
     Notes
     -----

@@ -46,8 +46,9 @@ def report_markdown(
     lines = [
         f"# The circuit of {report.task} in {report.model}",
         "",
-        f"{report.connected} of {counted(report.all_edges, 'edge')}{_at_spans(report)} {'carries' if report.connected == 1 else 'carry'} "
-        f"{_percent(report.faithfulness)} of what the clean prompts add to the {report.metric} "
+        f"{report.connected} of {counted(report.all_edges, 'edge')}{_at_spans(report)} "
+        f"{'carries' if report.connected == 1 else 'carry'} {_percent(report.faithfulness)} of what the clean prompts add to the "
+        f"{report.metric} "
         f"({report.confidence:.0%} interval {_percent(low)} to {_percent(high)}), on "
         f"{counted(report.prompts, 'prompt')} that {'was' if report.prompts == 1 else 'were'} not used to find it.{chance}",
         "",

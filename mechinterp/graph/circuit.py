@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -17,6 +16,7 @@ import networkx as nx
 
 from mechinterp.errors import FileFormatError, GraphError, missing_extra
 from mechinterp.graph.certificate import Certificate
+from mechinterp.graph.files import FORMAT, VERSION, file_of, read_content, write_atomically
 from mechinterp.graph.graph import build_graph, index_of
 from mechinterp.graph.nodes import Edge, GraphShape, counted
 from mechinterp.graph.values import as_edge, as_score, as_spans, plain_mapping, total
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Circuit", "check_circuit", "check_everywhere"]
 
-FORMAT: Final = "mechinterp-circuit"
-# A circuit without spans is written as version 1, which knew none.
-VERSION: Final = 2
 PICTURES: Final = (".dot", ".svg", ".png", ".pdf", ".html", ".jpg", ".jpeg")
 
 EdgeLike = Edge | str | tuple[str, str, str]
@@ -364,7 +361,7 @@ class Circuit:
     def to_frame(self) -> pd.DataFrame:
         """A table of the scored edges with the columns ``src dst port value``; needs pandas.
 
-        With spans there is a row for each pair and a column ``span``, None for everywhere.
+        With spans there is a row for each pair and a column ``span``, empty for everywhere.
         """
         try:
             import pandas as pd
@@ -468,48 +465,5 @@ def check_everywhere(circuit: Circuit, what: str) -> None:
     if circuit.spans:
         raise GraphError(
             f"{what} knows edges at all positions alone, and {counted(len(circuit.spans), 'edge')} of this circuit "
-            f"{'carries' if len(circuit.spans) == 1 else 'carry'} at some spans. For the edges without them: circuit.everywhere()."
+            f"{'carries' if len(circuit.spans) == 1 else 'carry'} at some spans. For the bare edges: circuit.everywhere()."
         )
-
-
-def file_of(path: Path) -> Path:
-    """The file itself, or the one that `mechinterp discover` wrote into this folder."""
-    if not path.is_dir():
-        return path
-    if not (path / "circuit.json").is_file():
-        raise FileFormatError(f"{path} is a folder without a circuit.json. Give the file that Circuit.save() wrote.")
-    return path / "circuit.json"
-
-
-def read_content(path: Path) -> dict[str, Any]:
-    """The checked JSON object of a circuit file."""
-    remedy = "Circuits are JSON files written by Circuit.save()."
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FileFormatError(f"{path} is not JSON ({error}). {remedy}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise FileFormatError(f"{path} is not a circuit: its format is {found!r}, not {FORMAT!r}. {remedy}")
-    if content.get("version") not in range(1, VERSION + 1):
-        raise FileFormatError(
-            f"{path} is of version {content.get('version')!r}; this mechinterp reads versions 1 to {VERSION}. Upgrade mechinterp."
-        )
-    return content
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target, then rename: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        # mkstemp makes private files; a saved circuit gets the permissions that any new file would.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

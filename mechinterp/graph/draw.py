@@ -12,9 +12,10 @@ from types import MappingProxyType
 from typing import Final
 
 from mechinterp.errors import GraphError, MissingExtraError, did_you_mean
-from mechinterp.graph.circuit import Circuit, write_atomically
+from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.connect import best_connected
 from mechinterp.graph.dot import edge_ids, to_dot
+from mechinterp.graph.files import write_atomically
 from mechinterp.graph.graph import index_of
 from mechinterp.graph.html import to_page
 from mechinterp.graph.nodes import counted, node_name

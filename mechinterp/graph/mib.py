@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mechinterp.errors import FileFormatError, GraphError
-from mechinterp.graph.circuit import Circuit, check_everywhere, write_atomically
+from mechinterp.graph.circuit import Circuit, check_everywhere
+from mechinterp.graph.files import write_atomically
 from mechinterp.graph.graph import scored_edges
 from mechinterp.graph.nodes import Edge, GraphShape
 

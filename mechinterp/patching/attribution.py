@@ -88,8 +88,8 @@ def attribute(
     -------
     Effects
         Axis ``node`` or ``edge`` (and ``span``), or those of the selector, per example. The provenance holds
-        ``completeness_error``: how far the embedding's score is from the whole difference between the runs (it goes to 0 with ``steps``); under
-        "resample" only.
+        ``completeness_error``: how far the embedding's score is from the whole difference between the runs (it goes to 0 with
+        ``steps``); under "resample" only.
 
     Raises
     ------

@@ -284,7 +284,10 @@ def test_messages(setting: Any, named: mi.Task) -> None:
     circuit = mi.Circuit(
         mi.GraphShape.of(model), {mi.Edge("embed", "logits", "in"): None}, spans={mi.Edge("embed", "logits", "in"): {"end": None}}
     )
-    everywhere = "knows edges at all positions alone, and 1 edge of this circuit carries at some spans. For the edges without them: circuit.everywhere()."
+    everywhere = (
+        "knows edges at all positions alone, and 1 edge of this circuit carries at some spans. "
+        "For the bare edges: circuit.everywhere()."
+    )
     cases: list[tuple[Any, type[MechInterpError], str]] = [
         (
             lambda: mi.discover(model, named, method="acdc", positions=True),
