@@ -102,6 +102,13 @@ def test_circuits_of_edges_at_positions(tmp_path: Path) -> None:
     assert f"{circuit.n_pairs} connected pairs of edge and span" in fresh
 
 
+def test_positions_are_not_judged_thoroughly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("discover", "induction", "--model", "toy:induction", "--positions", "--thorough")
+    assert refused(monkeypatch, capsys, *words) == (
+        "mechinterp: --thorough knows edges at all positions alone; leave out --positions, or --thorough"
+    )
+
+
 def test_discover_takes_pairs_of_ones_own(tmp_path: Path) -> None:
     toy = mi.toys.induction(n=6)
     pairs = jsonl_of(toy.task, tmp_path / "pairs.jsonl")

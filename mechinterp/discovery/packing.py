@@ -373,7 +373,7 @@ class _Pass:
             found = (
                 everything - self._sum(1 - weights, heard.columns)
                 if heard.columns
-                else everything.expand(self.n, -1, weights.shape[2], -1)
+                else everything.expand(self.n, -1, weights.shape[-2], -1)
             )
             return rearrange(found, "n b r (p m) -> (n b) p r m", m=width)
         if not self.model.cfg.post_norm:
@@ -426,6 +426,11 @@ class _Pass:
         return act
 
 
+def _chosen(marked: Tensor) -> tuple[int, ...]:
+    """The writers marked for any circuit, span and reader, ``[circuit span reader writer]``."""
+    return tuple(marked.flatten(0, 2).any(dim=0).nonzero()[:, 0].tolist())
+
+
 class _SpanPass(_Pass):
     """The same where ``outside`` is ``[circuit span reader writer]``: each position has the weights of its span."""
 
@@ -441,8 +446,16 @@ class _SpanPass(_Pass):
         return self.outside[:, :, groups[0].readers.start : groups[-1].readers.stop, : groups[0].n_writers]
 
     def _heard(self, groups: Sequence[ReaderGroup]) -> _Heard:
-        cut = self._weights(groups).flatten(0, 2).any(dim=0)
-        return _Heard(tuple(cut.nonzero()[:, 0].tolist()), kept=False)
+        weights = self._weights(groups)
+        cut, n_writers = _chosen(weights != 0), weights.shape[-1]
+        if 2 * len(cut) < n_writers or self.model.cfg.post_norm:
+            return _Heard(cut, kept=False)
+        rest = weights != 1
+        if groups[0].port != "in":
+            # Heads that no edge is cut from at any span keep their own bits.
+            rest = rest & (weights != 0).any(dim=-1, keepdim=True).any(dim=1, keepdim=True)
+        kept = _chosen(rest)
+        return _Heard(kept, kept=True) if 2 * len(kept) < n_writers else _Heard(tuple(range(n_writers)), kept=False)
 
     def _product(self, weights: Tensor, gap: Tensor) -> Tensor:
         here = weights[:, 0, self.index]
