@@ -224,6 +224,9 @@ def discover(
     ] = "eap-ig",
     selection: Annotated[Literal["connected", "top", "greedy"], typer.Option(help="How edges are chosen.")] = "connected",
     steps: Annotated[int, typer.Option(min=1, help="Points of the path for eap-ig.")] = 5,
+    positions: Annotated[
+        bool, typer.Option("--positions", help="Choose edges at each span of the prompts; --edges counts pairs of edge and span.")
+    ] = False,
     n: Annotated[
         int | None,
         typer.Option(min=2, help="How many pairs: half find the circuit, half judge it. Default: 64; all of --pairs."),
@@ -245,6 +248,8 @@ def discover(
 
     started = time.perf_counter()
     check_choices(method, selection)
+    if positions and thorough:
+        raise MechInterpError("--thorough knows edges at all positions alone; leave out --positions, or --thorough")
     _check_names(model, task, pairs, metric)
     if metric is not None:
         check_method(method, mi.tasks.METRICS[metric], steps=steps)
@@ -263,6 +268,7 @@ def discover(
         steps=steps,
         metric=metric,
         seed=seed,
+        positions=positions,
         progress=True,
     )
     circuit, scores = find(search, method)
@@ -278,6 +284,7 @@ def discover(
     rivals = f", random circuits {chance:.3f}" if report.random_faithfulness else ""
     roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if story.clear)
     kept = counted(report.connected, "connected edge")
+    kept = kept if report.pairs is None else f"{counted(report.pairs, 'pair')} of edge and span on {kept}"
     print(f"circuit        {kept} of {report.all_edges}, {counted(report.nodes, 'node')} ({method}, {selection})")
     found = counted(len(found_on), "prompt")
     print(f"task           {report.task} on {report.model}, {found} to find it, {report.prompts} held out")

@@ -26,7 +26,8 @@ class Intervention:
     Parameters
     ----------
     cut, instead
-        Readers hear ``instead[u]`` where they would hear what u writes, over the edges in ``cut``.
+        Readers hear ``instead[u]`` where they would hear what u writes, over the edges in ``cut``. Where that maps an edge
+        to a mask ``[batch pos]``, they do so at its positions alone.
     put
         A function of what a node writes that gives what it writes instead, for all its readers.
     shift
@@ -35,7 +36,7 @@ class Intervention:
         Filled with a zero tensor for each (reader, port) and for each writer, for gradients with respect to them.
     """
 
-    cut: Collection[Edge] = ()
+    cut: Collection[Edge] | Mapping[Edge, Tensor] = ()
     instead: Mapping[str, Tensor] = field(default_factory=dict)
     put: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     shift: Mapping[int, Tensor] = field(default_factory=dict)
@@ -148,7 +149,8 @@ class Reference:
             stream = rest + sum(written.values())
             for writer, value in written.items():
                 if (writer, node, port) in change.cut:
-                    stream = stream + change.instead[writer] - value
+                    where = change.cut[writer, node, port] if isinstance(change.cut, Mapping) else torch.ones(1)
+                    stream = stream + (change.instead[writer] - value) * where[..., None]
             return stream if change.leaves is None else stream + change.leaves.setdefault((node, port), leaf(stream))
 
         written["embed"] = write("embed", self.embed(tokens))
@@ -182,10 +184,13 @@ class Reference:
         answer = logits[rows, task.answer_pos]
         return answer[rows, task.right[:, 0]] - answer[rows, task.wrong[:, 0]]
 
-    def slopes(self, task: Any, edges: Iterable[Edge], *, base: Written | None = None, size: float = 1e-4) -> dict[Edge, Tensor]:
+    def slopes(
+        self, task: Any, edges: Iterable[Edge], *, base: Written | None = None, size: float = 1e-4, where: Tensor | None = None
+    ) -> dict[Edge, Tensor]:
         """How the metric changes ``[batch]`` as one edge moves towards the corrupt value, by central differences.
 
-        ``base`` puts other token embeddings in the place of the clean ones: a point of a path between the prompts.
+        ``base`` puts other token embeddings in the place of the clean ones: a point of a path between the prompts. ``where``
+        ``[batch pos]``: it moves at these positions alone.
         """
         clean, corrupt = self.run(task.clean)[1], self.run(task.corrupt)[1]
         put = {} if base is None else {"embed": lambda value: base["embed"]}
@@ -196,7 +201,8 @@ class Reference:
             ends = []
             for sign in (1, -1):
                 instead = {writer: here[writer] + sign * size * (corrupt[writer] - clean[writer])}
-                ends.append(self.metric(task, Intervention(cut={edge}, instead=instead, put=put)))
+                cut: Any = {edge} if where is None else {edge: where}
+                ends.append(self.metric(task, Intervention(cut=cut, instead=instead, put=put)))
             found[edge] = (ends[0] - ends[1]) / (2 * size)
         return found
 

@@ -88,6 +88,27 @@ def test_the_same_seed_gives_the_same_circuit(found: tuple[Path, str], tmp_path:
     assert first.scores == second.scores
 
 
+def test_circuits_of_edges_at_positions(tmp_path: Path) -> None:
+    run = ("discover", "induction", "--model", "toy:induction", "--edges", 5, "--n", 16, "--out", tmp_path, "--positions")
+    told = call(*run)
+    circuit = mi.Circuit.load(tmp_path)
+    assert f"{circuit.n_pairs} pairs of edge and span on {len(circuit)} connected edges of 257" in told
+    report = (tmp_path / "report.md").read_text()
+    assert f"of 257 edges, at some spans of the prompts ({circuit.n_pairs} pairs of edge and span), carry" in report
+    assert "| pairs of edge and span asked for | 5 (" in report
+    assert f"| pairs of edge and span, connected | {circuit.n_pairs} |" in report
+    assert "a1.h5" in report and "logits at end" in report
+    fresh = call("evaluate", tmp_path, "--seed", 5, "--n", 8, "--random-circuits", 1)
+    assert f"{circuit.n_pairs} connected pairs of edge and span" in fresh
+
+
+def test_positions_are_not_judged_thoroughly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("discover", "induction", "--model", "toy:induction", "--positions", "--thorough")
+    assert refused(monkeypatch, capsys, *words) == (
+        "mechinterp: --thorough knows edges at all positions alone; leave out --positions, or --thorough"
+    )
+
+
 def test_discover_takes_pairs_of_ones_own(tmp_path: Path) -> None:
     toy = mi.toys.induction(n=6)
     pairs = jsonl_of(toy.task, tmp_path / "pairs.jsonl")

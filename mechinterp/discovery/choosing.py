@@ -11,7 +11,17 @@ from mechinterp.core.ablation import Ablation
 from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
 from mechinterp.errors import GraphError
-from mechinterp.graph import Circuit, Edge, GraphShape, connected_edges, greedy_edges, scored_edges, threshold_edges, top_edges
+from mechinterp.graph import (
+    Circuit,
+    Edge,
+    GraphShape,
+    best_pairs,
+    connected_edges,
+    greedy_edges,
+    scored_edges,
+    threshold_edges,
+    top_edges,
+)
 from mechinterp.patching.compare import Direction, MetricLike
 from mechinterp.tasks import Task
 
@@ -40,6 +50,7 @@ class Search:
     metric: MetricLike = None
     direction: Direction = "noise"
     seed: int | None = None
+    positions: bool = False
     memory: int | str | None = None
     progress: bool = False
 
@@ -51,6 +62,11 @@ class Search:
     def wanted(self) -> int:
         """How many edges are asked for, where no threshold is."""
         return min(200, self.shape.n_edges) if self.edges is None else self.edges
+
+    @property
+    def over(self) -> tuple[Literal["span"]] | None:
+        """What scores of edges are split by."""
+        return ("span",) if self.positions else None
 
     @property
     def what(self) -> dict[str, Any]:
@@ -100,10 +116,29 @@ def choose(search: Search, effects: Effects, provenance: Mapping[str, Any]) -> C
     """The circuit of the best edges, or of all edges among the best nodes."""
     if search.unit == "node":
         return _of_nodes(search, node_scores(effects), provenance)
+    if search.positions:
+        return _of_pairs(search, effects, provenance)
     scores = edge_scores(effects)
     if search.threshold is not None:
         return threshold_edges(search.shape, scores, search.threshold, signed=search.signed, provenance=provenance)
     return SELECTIONS[search.selection](search.shape, scores, search.wanted, signed=search.signed, provenance=provenance)
+
+
+def _of_pairs(search: Search, effects: Effects, provenance: Mapping[str, Any]) -> Circuit:
+    # A span without a token in any prompt carries nothing, and is no choice.
+    filled = search.task.spans.filled
+    columns = [effects.coords["span"].index(span) for span in filled]
+    rows = effects.values[:, columns].tolist()
+    scores = {Edge(*edge): dict(zip(filled, row, strict=True)) for edge, row in zip(effects.coords["edge"], rows, strict=True)}  # type: ignore[misc]
+    return best_pairs(
+        search.shape,
+        scores,
+        n=search.edges,
+        threshold=search.threshold,
+        rule=search.selection,  # type: ignore[arg-type]
+        signed=search.signed,
+        provenance={**provenance, "spans": list(filled)},
+    )
 
 
 def _of_nodes(search: Search, scores: Mapping[str, float], provenance: Mapping[str, Any]) -> Circuit:

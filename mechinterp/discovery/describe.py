@@ -79,7 +79,7 @@ def describe(circuit: Circuit, model: Model, task: Task, *, heads: int = 12) -> 
     Returns
     -------
     tuple of HeadStory
-        Strongest first. Attention is the mean over the clean prompts.
+        Strongest first. Attention is the mean over the clean prompts. Edges with spans are told with the two strongest.
 
     Notes
     -----
@@ -102,7 +102,7 @@ def describe(circuit: Circuit, model: Model, task: Task, *, heads: int = 12) -> 
     effect_of = dict(zip(ranked, _in_order(exact, exact.values, sites), strict=True))
     error_of = dict(zip(ranked, _in_order(exact, exact.standard_error, sites), strict=True))
     attention = _attention(model, task, ranked, onehot)
-    stories = []
+    stories, plain = [], circuit.everywhere()
     for name in sorted(ranked, key=lambda name: -abs(effect_of[name])):
         effect = effect_of[name]
         shares = by_place[_index(name)].abs()
@@ -114,7 +114,10 @@ def describe(circuit: Circuit, model: Model, task: Task, *, heads: int = 12) -> 
         inputs = _inputs(circuit, name)
         reads = _strongest([edge for edge in circuit.edges if edge.dst in inputs], circuit, outgoing=False)
         at = (words[place], float(shares[place] / shares.sum().clamp(min=1e-12)))
-        role = _role(at[0], looks[0], writes, effect)
+        # Names of roles go by where a head writes, at whichever span.
+        role = _role(
+            at[0], looks[0], _strongest([edge for edge in plain.edges if edge.src == name], plain, outgoing=True), effect
+        )
         stories.append(HeadStory(name, effect, at, looks, reads, writes, role, error_of[name]))
     return tuple(stories)
 
@@ -171,9 +174,14 @@ def _places(task: Task) -> tuple[list[str], Tensor]:
 
 def _strongest(edges: list[Edge], circuit: Circuit, *, outgoing: bool) -> tuple[str, ...]:
     ranked = sorted(edges, key=lambda edge: -abs(circuit.scores[edge] or 0.0))[:4]
+
+    def at(edge: Edge) -> str:
+        spans = circuit.spans.get(edge, {})
+        return f" at {', '.join(sorted(spans, key=lambda span: -abs(spans[span] or 0.0))[:2])}" if spans else ""
+
     if outgoing:
-        return tuple(edge.dst + (f"<{edge.port}>" if edge.port != "in" else "") for edge in ranked)
-    return tuple(f"{edge.src}<{edge.port}>" for edge in ranked)
+        return tuple(edge.dst + (f"<{edge.port}>" if edge.port != "in" else "") + at(edge) for edge in ranked)
+    return tuple(f"{edge.src}<{edge.port}>{at(edge)}" for edge in ranked)
 
 
 def _role(at: str, looks: tuple[str, float], writes: Sequence[str], effect: float) -> str:

@@ -60,6 +60,8 @@ def _check(search: Search, method: str) -> None:
         raise GraphError(f"the method {method!r} draws numbers; give it a seed, such as seed=0")
     if METHODS[method].noise_only and search.direction != "noise":
         raise GraphError(f"the method {method!r} starts from the clean run; leave out direction={search.direction!r}")
+    if search.positions:
+        _check_positions(search, method)
     check_method(method, resolve_metric(search.metric, search.task), steps=search.steps, direction=search.direction)
     sizes = {name: getattr(search, name) for name in ("edges", "nodes", "threshold") if getattr(search, name) is not None}
     if len(sizes) > 1:
@@ -68,7 +70,7 @@ def _check(search: Search, method: str) -> None:
         )
     if search.threshold is not None and not math.isfinite(search.threshold):
         raise GraphError(f"threshold={search.threshold}: give a number, such as 0.01 of the difference to explain")
-    if search.edges is not None:
+    if search.edges is not None and not search.positions:
         check_count(search.edges, search.shape.n_edges)
     if search.nodes is not None:
         if search.unit == "edge":
@@ -76,6 +78,21 @@ def _check(search: Search, method: str) -> None:
         most = len(search.shape.writers) - 1
         if isinstance(search.nodes, bool) or not 0 <= search.nodes <= most:
             raise GraphError(f"nodes={search.nodes}: this model has {most} heads and MLPs to choose from; give 0 to {most}")
+
+
+def _check_positions(search: Search, method: str) -> None:
+    """Refuse what has no spans."""
+    if search.unit != "edge":
+        raise GraphError("positions=True chooses edges at spans of the prompts; leave out unit='node', or positions=True")
+    if not METHODS[method].spans:
+        able = ", ".join(repr(name) for name, each in METHODS.items() if each.spans)
+        raise GraphError(f"the method {method!r} scores edges at all positions together; for positions=True there are {able}")
+    n = search.shape.n_edges * len(search.task.spans.filled)
+    if search.edges is not None and (isinstance(search.edges, bool) or not 0 <= search.edges <= n):
+        raise GraphError(
+            f"edges={search.edges}: with positions=True these are pairs of an edge and a span, of which there are {n}; "
+            f"give 0 to {n}"
+        )
 
 
 def discover(
@@ -94,6 +111,7 @@ def discover(
     metric: MetricLike = None,
     direction: Direction = "noise",
     seed: int | None = None,
+    positions: bool = False,
     memory: int | str | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -130,6 +148,12 @@ def discover(
         Points of the path, where a method takes one.
     seed
         Of methods that draw; the others take none.
+    positions
+        True: edges are scored and chosen at each span of the prompts for itself (``task.spans``: what the names in
+        ``task.positions`` cut them into), and ``edges`` counts pairs of an edge and a span. A pair is connected when its edge
+        lies on a path from the embedding to the logits through edges of the circuit, each at any span: attention moves between
+        positions. Of an edge the position is that at which it is read, which is the one it is written at. For the estimates and
+        ``"exact"``, which then takes a run for each pair.
     ablation, metric, direction, memory, progress
         As in `mechinterp.attribute`.
 
@@ -139,12 +163,16 @@ def discover(
         With the score of each edge, and in its provenance the task, method, selection, seed, versions and cost.
         ``provenance["selection"]`` says how edges were chosen: ``rule``, ``signed``, ``n`` (how many were asked for) or
         ``threshold``, and for ``"connected"`` how many of the best-ranked edges were ``taken`` until n of them connect; with
-        ``unit="node"`` the ``nodes`` taken and ``node_scores``.
+        ``unit="node"`` the ``nodes`` taken and ``node_scores``. With ``positions=True`` the circuit has ``spans``, and
+        ``provenance["spans"]`` names those that there were.
 
     Raises
     ------
     GraphError
-        An unknown method, unit or selection; two ways to choose, or an impossible number; a unit that the method cannot score.
+        An unknown method, unit or selection; two ways to choose, or an impossible number; a unit, or positions, that the method
+        cannot score.
+    TaskError
+        ``positions=True`` where the names come in different orders: see `mechinterp.tasks.Spans`.
     MetricError
         A metric without a gradient. These are checked before anything runs.
 
@@ -156,7 +184,8 @@ def discover(
 
     References
     ----------
-    Syed et al. 2023 (2310.10348); Hanna et al. 2024 (2403.17806); for the others see the functions that do them.
+    Syed et al. 2023 (2310.10348); Hanna et al. 2024 (2403.17806); for the others see the functions that do them. Positions:
+    Haklay et al. 2025 (2502.04577), whose edges between positions, inside of attention, are edges of heads here.
 
     Examples
     --------
@@ -181,6 +210,7 @@ def discover(
         metric=metric,
         direction=direction,
         seed=seed,
+        positions=positions,
         memory=memory,
         progress=progress,
     )
@@ -217,7 +247,12 @@ def score_again(circuit: Circuit, model: Model, task: Task, *, progress: bool = 
     """
     origin = circuit.provenance
     method, metric = str(origin.get("method")), origin.get("metric")
-    told = origin.get("unit") == "edge" and str(origin.get("ablation")).startswith("resample (") and metric in METRICS
+    told = (
+        not circuit.spans
+        and origin.get("unit") == "edge"
+        and str(origin.get("ablation")).startswith("resample (")
+        and metric in METRICS
+    )
     if method not in METHODS or METHODS[method].points is None or METHODS[method].drawn or not told:
         return None
     steps, direction = max(1, len(origin.get("points", ()))), origin.get("direction", "noise")

@@ -20,7 +20,7 @@ from mechinterp.discovery.faithfulness import check_difference, faithfulness, in
 from mechinterp.discovery.further import look_further, told
 from mechinterp.discovery.running import run_circuits
 from mechinterp.errors import MetricError
-from mechinterp.graph import Circuit, check_circuit, random_edges
+from mechinterp.graph import Circuit, check_circuit, check_everywhere, random_pairs
 from mechinterp.graph.certificate import VERSION
 from mechinterp.patching.compare import MetricLike
 from mechinterp.tasks import Task
@@ -43,6 +43,7 @@ class Report:
     ``random_faithfulness`` holds one number for each random circuit of equal size; ``random_interval`` is ``None`` where
     there are none. ``beats_random`` counts those whose faithfulness the circuit's exceeds, by more than rounding.
     ``caveats`` are sentences on what these prompts cannot tell. ``kl`` is the mean KL of the circuit's answers from the model's.
+    ``pairs`` counts the connected pairs of edge and span of a circuit that has spans; None of others.
     ``further`` holds what ``thorough=True`` adds, ``task_provenance`` how the prompts can be made again.
     """
 
@@ -75,6 +76,7 @@ class Report:
     kl: float | None = None
     resamples: int = 2000
     further: Mapping[str, Any] = field(default_factory=dict)
+    pairs: int | None = None
     task_provenance: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
@@ -95,7 +97,8 @@ class Report:
                 f"mean of ratios {self.mean_of_ratios:.3f}",
                 f"  {self._chance()}",
                 f"  accuracy: model {self.model_accuracy:.3f}, circuit {self.circuit_accuracy:.3f}{away}",
-                f"  {self.edges} edges, {self.connected} connected, of {self.all_edges}; {self.nodes} nodes",
+                f"  {self.edges} edges, {self.connected} connected, of {self.all_edges}; {self.nodes} nodes"
+                + ("" if self.pairs is None else f"; {self.pairs} connected pairs of edge and span"),
                 f"  {self.forwards} forward passes over the prompts, {self.seconds:.1f} s",
                 *(f"  {line}" for line in told(self.further)),
                 *(f"  caution: {caveat}" for caveat in self.caveats),
@@ -145,7 +148,8 @@ def evaluate(
         What edges outside of the circuit carry: an `Ablation` or its name, see `mechinterp.run_circuits`. A circuit is judged
         by the ablation that it was found with: under zeros or means, edges that carry the same in every prompt count too.
     random_circuits
-        How many random circuits with the same number of connected edges, of kinds in about the same shares, to run beside it.
+        How many random circuits with the same number of connected edges, of kinds in about the same shares, to run beside it;
+        of a circuit with spans also at as many pairs of edge and span.
     resamples, confidence
         Bootstrap over prompts for the interval of faithfulness.
     thorough, thorough_prompts
@@ -168,6 +172,8 @@ def evaluate(
     MetricError
         Ablating everything (under "resample": the corrupt prompts) gives the same metric as the clean prompts, so that
         faithfulness is undefined; ``thorough_prompts`` below 1; ``scores`` without ``thorough``.
+    GraphError
+        ``thorough`` of a circuit with spans.
 
     Notes
     -----
@@ -188,8 +194,10 @@ def evaluate(
         raise MetricError(f"thorough_prompts={thorough_prompts}: give a number of prompts from 1 on; 16 are usual")
     if scores is not None and not thorough:
         raise MetricError("scores= are for the size curve and stability, which a thorough judgement has: pass thorough=True too")
+    if thorough:
+        check_everywhere(circuit, "thorough=True")
     started = time.perf_counter()
-    rivals = [random_edges(circuit, seed=seed + i) for i in range(random_circuits)] if circuit.n_connected else []
+    rivals = [random_pairs(circuit, seed=seed + i) for i in range(random_circuits)] if circuit.n_connected else []
     ablation = as_ablation(ablation, seed=seed)
     outs = run_circuits(model, task, [circuit, *rivals], ablation=ablation, metric=metric, also=("kl",), progress=progress)
     check_difference(outs, task)
@@ -231,6 +239,7 @@ def evaluate(
         kl=float(outs.also["kl"][0].mean()) if "kl" in outs.also else None,
         resamples=resamples,
         further=further,
+        pairs=circuit.connected().n_pairs if circuit.spans else None,
         task_provenance=dict(task.provenance),
     )
 

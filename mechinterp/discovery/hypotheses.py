@@ -20,7 +20,7 @@ from mechinterp.core.testing import HSICTest, SignTest, binomial, hsic_test, sig
 from mechinterp.discovery.removals import drawn_edges, knocked_out
 from mechinterp.discovery.running import CircuitRuns, run_circuits
 from mechinterp.errors import GraphError, MetricError
-from mechinterp.graph import Circuit, Edge, check_circuit
+from mechinterp.graph import Circuit, Edge, check_circuit, check_everywhere
 from mechinterp.graph.inflate import inflate
 from mechinterp.patching.compare import MetricLike
 from mechinterp.tasks import Task
@@ -204,6 +204,7 @@ def check_hypotheses(
     ()
     """
     check_circuit(circuit)
+    check_everywhere(circuit, "mi.check_hypotheses")
     check_model_and_task(model, task)
     edges = drawn_edges(circuit, sample, seed=seed)
     if not edges:

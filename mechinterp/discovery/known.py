@@ -9,7 +9,7 @@ from typing import Any
 from mechinterp.core.effects import Effects
 from mechinterp.discovery.measuring import scores_of
 from mechinterp.errors import GraphError
-from mechinterp.graph import Circuit, Edge, scored_edges
+from mechinterp.graph import Circuit, Edge, check_everywhere, scored_edges
 from mechinterp.graph.nodes import counted
 
 __all__ = ["Recovery", "auroc", "compare_to_known"]
@@ -52,6 +52,7 @@ def auroc(scores: Effects | Circuit | Mapping[Edge, float], truth: Circuit, *, s
     foreign = set(known) - set(everything)
     if foreign:
         raise GraphError(f"{min(map(str, foreign))} has a score, and the graph of the truth ({truth.shape}) has no such edge")
+    check_everywhere(truth, "mi.auroc")
     if not 0 < len(truth) < len(everything):
         raise GraphError(
             f"the known circuit has {len(truth)} of {len(everything)} edges; a ranking is judged by some that belong and some "
@@ -147,6 +148,8 @@ def compare_to_known(circuit: Circuit, truth: Circuit) -> Recovery:
         raise GraphError(f"a circuit of {circuit.shape} cannot be compared with a known one of {truth.shape}")
     if not len(truth):
         raise GraphError("the known circuit has no edge, so there is nothing to find")
+    for each in (circuit, truth):
+        check_everywhere(each, "mi.compare_to_known")
     scores = {edge: score for edge, score in circuit.scores.items() if score is not None}
     return Recovery(
         right=sum(edge in circuit.scores for edge in truth),

@@ -16,7 +16,7 @@ from mechinterp.core.model import Model
 from mechinterp.discovery.agreement import Agreement
 from mechinterp.discovery.discover import edge_places, edge_scores
 from mechinterp.errors import GraphError, MetricError
-from mechinterp.graph import Circuit, Edge, GraphShape, edges_called, scored_edges
+from mechinterp.graph import Circuit, Edge, GraphShape, check_everywhere, edges_called, scored_edges
 from mechinterp.graph.nodes import counted
 from mechinterp.patching.compare import Direction, MetricLike
 from mechinterp.patching.edges import edge_effects
@@ -167,6 +167,7 @@ def scores_of(scores: Effects | Circuit) -> dict[Edge, float]:
     if isinstance(scores, Effects):
         known = edge_scores(scores)
     else:
+        check_everywhere(scores, "A ranking of edges")
         known = {edge: score for edge, score in scores.scores.items() if score is not None}
         if not known:
             raise GraphError(f"{scores!r} has no scores to compare; mi.discover and mi.attribute(unit='edge') give them")

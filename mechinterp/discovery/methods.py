@@ -40,6 +40,8 @@ class Method:
         Whether it knows no other direction than ``"noise"``.
     drawn
         Whether it draws numbers and so needs a seed.
+    spans
+        Whether it can score edges at each span of the prompts.
     """
 
     about: str
@@ -48,31 +50,33 @@ class Method:
     units: tuple[Unit, ...] = ("edge", "node")
     noise_only: bool = False
     drawn: bool = False
+    spans: bool = False
 
 
 def eap(search: Search) -> Effects:
     """The gradient at the receiving run."""
-    return attribute(search.model, search.task, unit=search.unit, steps=0, **search.what)
+    return attribute(search.model, search.task, unit=search.unit, steps=0, over=search.over, **search.what)
 
 
 def eap_ig(search: Search) -> Effects:
     """The mean of gradients on the line between the two embeddings."""
-    return attribute(search.model, search.task, unit=search.unit, steps=search.steps, **search.what)
+    return attribute(search.model, search.task, unit=search.unit, steps=search.steps, over=search.over, **search.what)
 
 
 def clean_corrupt(search: Search) -> Effects:
     """The mean of the gradients at the two runs."""
-    return attribute(search.model, search.task, unit=search.unit, steps=(0.0, 1.0), **search.what)
+    return attribute(search.model, search.task, unit=search.unit, steps=(0.0, 1.0), over=search.over, **search.what)
 
 
 def eap_ig_activations(search: Search) -> Effects:
     """The mean of gradients on one line for each group of writers."""
-    return attribute(search.model, search.task, unit=search.unit, steps=search.steps, path="activations", **search.what)
+    options = {"steps": search.steps, "over": search.over, **search.what}
+    return attribute(search.model, search.task, unit=search.unit, path="activations", **options)
 
 
 def relp(search: Search) -> Effects:
     """The rules of relevance propagation in the place of the gradient."""
-    return attribute(search.model, search.task, unit=search.unit, rules="relp", **search.what)
+    return attribute(search.model, search.task, unit=search.unit, rules="relp", over=search.over, **search.what)
 
 
 def atp_star(search: Search) -> Effects:
@@ -88,7 +92,7 @@ def flow_routes(search: Search) -> Effects:
 def exact(search: Search) -> Effects:
     """Each edge, or node, changed alone and measured."""
     if search.unit == "edge":
-        return edge_effects(search.model, search.task, **search.what)
+        return edge_effects(search.model, search.task, over=search.over or (), **search.what)
     mlps = "" if search.shape.attn_only else " | L*.mlp_out"
     found = patch(search.model, search.task, f"L0.resid_pre | L*.H*.z{mlps}", **search.what)
     # The input of the first layer is what the embedding writes.
@@ -102,24 +106,31 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "attribution patching: the gradient at the receiving run; 2 forwards and 1 backward",
             eap,
             lambda steps: path_points(0),
+            spans=True,
         ),
         "eap-ig": Method(
-            "the same with integrated gradients over the input embeddings; steps forwards and backwards", eap_ig, path_points
+            "the same with integrated gradients over the input embeddings; steps forwards and backwards",
+            eap_ig,
+            path_points,
+            spans=True,
         ),
         "clean-corrupt": Method(
             "the mean of the gradients at the two runs; 2 forwards and backwards",
             clean_corrupt,
             lambda steps: path_points((0.0, 1.0)),
+            spans=True,
         ),
         "eap-ig-activations": Method(
             "the mean of gradients on a line for each layer's heads, each MLP and the embedding; steps passes for each of them",
             eap_ig_activations,
             path_points,
+            spans=True,
         ),
         "relp": Method(
             "a backward pass with fixed norms, patterns and non-linearities (no queries, no keys); 3 forwards and 1 backward",
             relp,
             lambda steps: path_points(0),
+            spans=True,
         ),
         "atp-star": Method(
             "AtP*: attention exact for changed queries and keys, and no cancelling across layers (scores without a sign of their "
@@ -142,7 +153,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             noise_only=True,
             drawn=True,
         ),
-        "exact": Method("every edge (or node) changed alone and measured; less than half a forward each", exact),
+        "exact": Method("every edge (or node) changed alone and measured; less than half a forward each", exact, spans=True),
         "acdc": Method(
             "removes edges one after another, from the logits back, where the metric moves by less than the threshold",
             acdc_of_size,

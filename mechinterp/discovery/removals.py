@@ -294,4 +294,4 @@ def _without(circuit: Circuit, names: Sequence[str], unit: str) -> Circuit:
         kept = [edge for edge in circuit.edges if str(edge) not in gone]
     else:
         kept = [edge for edge in circuit.edges if edge.src not in gone and edge.dst not in gone]
-    return Circuit(circuit.shape, dict.fromkeys(kept))
+    return circuit.only(kept)

@@ -46,8 +46,9 @@ def report_markdown(
     lines = [
         f"# The circuit of {report.task} in {report.model}",
         "",
-        f"{report.connected} of {counted(report.all_edges, 'edge')} {'carries' if report.connected == 1 else 'carry'} "
-        f"{_percent(report.faithfulness)} of what the clean prompts add to the {report.metric} "
+        f"{report.connected} of {counted(report.all_edges, 'edge')}{_at_spans(report)} "
+        f"{'carries' if report.connected == 1 else 'carry'} {_percent(report.faithfulness)} of what the clean prompts add to the "
+        f"{report.metric} "
         f"({report.confidence:.0%} interval {_percent(low)} to {_percent(high)}), on "
         f"{counted(report.prompts, 'prompt')} that {'was' if report.prompts == 1 else 'were'} not used to find it.{chance}",
         "",
@@ -78,8 +79,9 @@ def report_markdown(
         f"| faithfulness, ratio of means | {report.faithfulness:.3f} ({low:.3f} to {high:.3f}) |",
         f"| faithfulness, mean of ratios | {report.mean_of_ratios:.3f} |",
         *rivals,
-        f"| edges asked for | {_asked(circuit, report)} |",
+        f"| {'edges' if report.pairs is None else 'pairs of edge and span'} asked for | {_asked(circuit, report)} |",
         f"| edges kept, connected | {report.edges}, {report.connected} |",
+        *([] if report.pairs is None else [f"| pairs of edge and span, connected | {report.pairs} |"]),
         f"| nodes | {report.nodes} |",
         f"| ablation | {report.ablation}: every edge outside carries {_carried(report)} |",
         "",
@@ -100,6 +102,10 @@ def report_markdown(
         lines += ["```sh", shlex.join(command), "```", ""]
     lines += ["Files: `circuit.json` (graph, scores, provenance), `diagram.svg`, `diagram.html` (open in a browser).", ""]
     return "\n".join(lines)
+
+
+def _at_spans(report: Report) -> str:
+    return "" if report.pairs is None else f", at some spans of the prompts ({counted(report.pairs, 'pair')} of edge and span),"
 
 
 def _chance(report: Report) -> tuple[str, list[str]]:

@@ -13,7 +13,7 @@ from mechinterp.core.ablation import Ablation, as_ablation
 from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.model import Model
 from mechinterp.core.plan import progress_bar
-from mechinterp.discovery.packing import Packing, outside_of
+from mechinterp.discovery.packing import Packing, outside_at, outside_of
 from mechinterp.errors import GraphError
 from mechinterp.graph import Circuit, check_circuit
 from mechinterp.patching.compare import MetricLike
@@ -95,6 +95,9 @@ def run_circuits(
     gives the clean run under every ablation. The empty one gives everything ablated: under "resample" the corrupt run, else
     the logits of the sum of all writers' ablated values (and of what no node writes, such as attention biases).
 
+    Of an edge that a circuit holds at some spans alone, v hears ablated_u at the positions of all others. The position is that at
+    which v reads, which is the one that u writes at: attention moves between positions inside of a head, not on its edges.
+
     Parameters
     ----------
     circuits
@@ -119,6 +122,8 @@ def run_circuits(
     ------
     GraphError
         A circuit of another model's shape, or no circuit at all.
+    TaskError
+        A span of a circuit that the prompts do not have, or prompts that have no common spans: see `mechinterp.tasks.Spans`.
     EditError
         As `Ablation`.
 
@@ -157,7 +162,15 @@ def run_circuits(
     paired = ablation.kind == "resample"
     # Where other values come from than the corrupt run, what is left with everything ablated is a run of its own.
     wanted = [*circuits] if paired else [*circuits, Circuit.empty(layout.shape)]
-    outside = torch.stack([outside_of(circuit, layout) for circuit in wanted]).to(model.device)
+    # Circuits with spans are rows of passes of their own: the others need no weights for each position.
+    spanned = [i for i, circuit in enumerate(wanted) if circuit.spans]
+    plain = [i for i, circuit in enumerate(wanted) if not circuit.spans]
+    outside = [outside_of(wanted[i], layout) for i in plain]
+    at_spans, index = [], task.clean
+    if spanned:
+        spans = task.spans
+        at_spans, index = [outside_at(wanted[i], layout, spans) for i in spanned], spans.index
+    back = torch.tensor([*plain, *spanned], device=model.device).argsort()
     packing = Packing.of(model, task, ablation, metric, memory)
     found: list[list[Tensor]] = []
     beside: list[list[Tensor]] = []
@@ -166,11 +179,15 @@ def run_circuits(
             pack = packing.pack(rows)
             runs, part = pack.runs, pack.runs.task
             logits = []
-            for chunk in range(0, len(wanted), packing.at_once):
-                some = outside[chunk : chunk + packing.at_once]
+            for chunk in range(0, len(plain), packing.at_once):
+                some = torch.stack(outside[chunk : chunk + packing.at_once]).to(model.device)
                 logits.append(pack.answers(some))
                 bar.update(len(some) * len(part))
-            answers = torch.cat(logits)
+            for chunk in range(0, len(at_spans), packing.at_once):
+                some = torch.stack(at_spans[chunk : chunk + packing.at_once]).to(model.device)
+                logits.append(pack.answers_at(some, index[rows]))
+                bar.update(len(some) * len(part))
+            answers = torch.cat(logits)[back] if spanned else torch.cat(logits)
             right = [accuracy(each, part) for each in (*answers[: len(circuits)], runs.clean_logits)]
             some_answers = answers[: len(circuits)]
             beside.append([torch.stack([each(row, part, runs.clean_logits) for row in some_answers]) for each in further])

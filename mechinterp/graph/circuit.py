@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -17,16 +16,16 @@ import networkx as nx
 
 from mechinterp.errors import FileFormatError, GraphError, missing_extra
 from mechinterp.graph.certificate import Certificate
+from mechinterp.graph.files import FORMAT, VERSION, file_of, read_content, write_atomically
 from mechinterp.graph.graph import build_graph, index_of
 from mechinterp.graph.nodes import Edge, GraphShape, counted
+from mechinterp.graph.values import as_edge, as_score, as_spans, plain_mapping, total
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Circuit", "check_circuit"]
+__all__ = ["Circuit", "check_circuit", "check_everywhere"]
 
-FORMAT: Final = "mechinterp-circuit"
-VERSION: Final = 1
 PICTURES: Final = (".dot", ".svg", ".png", ".pdf", ".html", ".jpg", ".jpeg")
 
 EdgeLike = Edge | str | tuple[str, str, str]
@@ -49,12 +48,15 @@ class Circuit:
         Where it came from: ``model``, ``task``, ``method``, seed, versions, cost. Anything JSON can hold.
     report
         How good it is: numbers from an evaluation. Anything JSON can hold. See `with_report`.
+    spans
+        Of an edge that carries something at some positions alone: the names of these spans (``task.spans``), each with its
+        score or None. An edge that is not here carries at all positions.
 
     Raises
     ------
     GraphError
-        If an edge does not exist in this shape, a score is not a finite number, or `provenance` or `report`
-        hold something that JSON cannot.
+        If an edge does not exist in this shape, a score is not a finite number, `provenance` or `report`
+        hold something that JSON cannot, or spans are given of an edge that is not in the circuit, or none of one that is.
 
     Examples
     --------
@@ -73,6 +75,7 @@ class Circuit:
     scores: Mapping[Edge, float | None]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    spans: Mapping[Edge, Mapping[str, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = GraphShape.of(self.shape)
@@ -84,6 +87,7 @@ class Circuit:
         object.__setattr__(self, "scores", MappingProxyType(scores))
         object.__setattr__(self, "provenance", MappingProxyType(plain_mapping(self.provenance, "provenance")))
         object.__setattr__(self, "report", MappingProxyType(plain_mapping(self.report, "report")))
+        object.__setattr__(self, "spans", MappingProxyType(as_spans(self.spans, scores)))
 
     # --- making one
 
@@ -142,11 +146,13 @@ class Circuit:
         """The circuit as a networkx object, frozen: take ``circuit.graph.copy()`` to change it.
 
         Keyed by port. Edges carry ``kind`` (``"scored"`` or ``"structural"``), the reader's ``layer`` and
-        ``head``, and ``score`` where they have one. Its ``graph.graph`` holds the shape.
+        ``head``, and ``score`` where they have one, and ``spans`` (``"S1,end"``) where they carry at some alone.
+        Its ``graph.graph`` holds the shape.
         """
         edges: list[tuple[Edge, dict[str, object]]] = [
             (edge, {} if score is None else {"score": score}) for edge, score in self.scores.items()
         ]
+        edges = [(edge, said | ({"spans": ",".join(self.spans[edge])} if edge in self.spans else {})) for edge, said in edges]
         return nx.freeze(build_graph(self.shape, self.nodes, edges))
 
     @property
@@ -177,7 +183,31 @@ class Circuit:
         A KV head conducts to all of its query heads, by structural edges. See `connected_edges_of` for what
         dropping the rest means under different ablations. Provenance and report are kept.
         """
-        return replace(self, scores={edge: self.scores[edge] for edge in self._connected})
+        return self.only(self._connected)
+
+    def only(self, edges: Iterable[EdgeLike]) -> Circuit:
+        """The circuit of some of its edges, with their scores and spans; provenance and report are kept.
+
+        Raises
+        ------
+        GraphError
+            An edge that is not in the circuit.
+        """
+        kept = [as_edge(edge) for edge in edges]
+        for edge in kept:
+            if edge not in self.scores:
+                raise GraphError(f"{edge} is not in this circuit of {counted(len(self), 'edge')}.")
+        spans = {edge: self.spans[edge] for edge in kept if edge in self.spans}
+        return replace(self, scores={edge: self.scores[edge] for edge in kept}, spans=spans)
+
+    def everywhere(self) -> Circuit:
+        """The same edges at all positions."""
+        return replace(self, spans={}) if self.spans else self
+
+    @property
+    def n_pairs(self) -> int:
+        """The number of pairs of edge and span; an edge that carries at all positions is one."""
+        return len(self) - len(self.spans) + sum(map(len, self.spans.values()))
 
     @cached_property
     def _connected(self) -> tuple[Edge, ...]:
@@ -205,29 +235,86 @@ class Circuit:
     # --- comparing
 
     def __or__(self, other: Circuit) -> Circuit:
-        """Edges of either; where both score an edge, the left one's score."""
+        """Edges of either, each at the spans of either; where both score an edge, the left one's score."""
         self._check_same_shape(other)
-        return self._combined("union", other, {**other.scores, **self.scores})
+        # What carries everywhere in one of them does so in both together.
+        either = {
+            edge: {**other.spans.get(edge, {}), **self.spans.get(edge, {})}
+            for edge in {**self.spans, **other.spans}
+            if (edge in self.spans or edge not in self.scores) and (edge in other.spans or edge not in other.scores)
+        }
+        return self._combined("union", other, {**other.scores, **self.scores}, either)
 
     def __and__(self, other: Circuit) -> Circuit:
-        """Edges of both, with the left one's scores."""
+        """Edges of both, at the spans of both, with the left one's scores."""
         self._check_same_shape(other)
-        return self._combined("intersection", other, {e: s for e, s in self.scores.items() if e in other.scores})
+        both: dict[Edge, Mapping[str, float | None]] = {}
+        for edge in self.scores.keys() & other.scores.keys():
+            mine, theirs = self.spans.get(edge), other.spans.get(edge)
+            if mine is not None:
+                both[edge] = mine if theirs is None else {span: mine[span] for span in mine if span in theirs}
+            elif theirs is not None:
+                both[edge] = dict.fromkeys(theirs)
+        kept = {e: s for e, s in self.scores.items() if e in other.scores and both.get(e, True)}
+        return self._combined("intersection", other, kept, {e: spans for e, spans in both.items() if spans})
 
     def __sub__(self, other: Circuit) -> Circuit:
-        """Edges of the left one alone."""
+        """Edges of the left one alone, and the spans of the left one alone where both have an edge.
+
+        Raises
+        ------
+        GraphError
+            An edge is everywhere in the left one and at some spans in the right one: which others there are it does not say.
+        """
         self._check_same_shape(other)
-        return self._combined("difference", other, {e: s for e, s in self.scores.items() if e not in other.scores})
+        self._check_same_grain(other, only_left=True)
+        left: dict[Edge, Mapping[str, float | None]] = {}
+        for edge, spans in self.spans.items():
+            gone = other.spans.get(edge, spans if edge in other.scores else {})
+            left[edge] = {span: score for span, score in spans.items() if span not in gone}
+        kept = {e: s for e, s in self.scores.items() if left.get(e, e not in other.scores)}
+        return self._combined("difference", other, kept, {e: spans for e, spans in left.items() if spans})
 
     def iou(self, other: Circuit) -> float:
-        """How much do two circuits agree? Edges of both, over edges of either; 1.0 for two empty ones."""
-        self._check_same_shape(other)
-        either = len(self.scores.keys() | other.scores.keys())
-        return len(self.scores.keys() & other.scores.keys()) / either if either else 1.0
+        """How much do two circuits agree? Edges of both, over edges of either; 1.0 for two empty ones.
 
-    def _combined(self, operation: str, other: Circuit, scores: Mapping[Edge, float | None]) -> Circuit:
+        Of edges with spans it is the pairs of edge and span that count.
+
+        Raises
+        ------
+        GraphError
+            An edge is everywhere in one and at some spans in the other.
+        """
+        self._check_same_shape(other)
+        self._check_same_grain(other)
+        mine, theirs = self._pairs, other._pairs
+        either = len(mine | theirs)
+        return len(mine & theirs) / either if either else 1.0
+
+    @cached_property
+    def _pairs(self) -> frozenset[tuple[Edge, str | None]]:
+        """Edges with their spans; None for everywhere."""
+        return frozenset((edge, span) for edge in self.scores for span in self.spans.get(edge, (None,)))
+
+    def _combined(
+        self,
+        operation: str,
+        other: Circuit,
+        scores: Mapping[Edge, float | None],
+        spans: Mapping[Edge, Mapping[str, float | None]],
+    ) -> Circuit:
         sources = {"left": self.provenance, "right": other.provenance}
-        return Circuit(self.shape, scores, {"method": operation, **sources})
+        # The score of an edge at some of its spans is the sum of theirs.
+        scores = {edge: total(spans.get(edge, {}).values(), score) for edge, score in scores.items()}
+        return Circuit(self.shape, scores, {"method": operation, **sources}, spans=spans)
+
+    def _check_same_grain(self, other: Circuit, *, only_left: bool = False) -> None:
+        for edge in self.scores.keys() & other.scores.keys():
+            if (edge in self.spans) != (edge in other.spans) and not (only_left and edge in self.spans):
+                raise GraphError(
+                    f"{edge} is at all positions in one of these circuits and at some spans in the other, and which spans there "
+                    "are is not known here. Compare the edges alone: circuit.everywhere()."
+                )
 
     def _check_same_shape(self, other: Circuit) -> None:
         if self.shape != other.shape:
@@ -241,7 +328,8 @@ class Circuit:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mappingproxy can be neither copied nor pickled.
-        return Circuit, (self.shape, dict(self.scores), dict(self.provenance), dict(self.report))
+        spans = {edge: dict(scores) for edge, scores in self.spans.items()}
+        return Circuit, (self.shape, dict(self.scores), dict(self.provenance), dict(self.report), spans)
 
     # --- taking it elsewhere
 
@@ -271,13 +359,18 @@ class Circuit:
         return plain
 
     def to_frame(self) -> pd.DataFrame:
-        """A table of the scored edges with the columns ``src dst port value``; needs pandas."""
+        """A table of the scored edges with the columns ``src dst port value``; needs pandas.
+
+        With spans there is a row for each pair and a column ``span``, empty for everywhere.
+        """
         try:
             import pandas as pd
         except ImportError as error:
             raise missing_extra("a table", "pandas", "frames") from error
-        rows = [(*edge, math.nan if score is None else score) for edge, score in self.scores.items()]
-        return pd.DataFrame(rows, columns=["src", "dst", "port", "value"]).astype({"value": "float64"})
+        every = ((edge, self.spans.get(edge, {None: score})) for edge, score in self.scores.items())
+        rows = [(*edge, span, math.nan if score is None else score) for edge, at in every for span, score in at.items()]
+        frame = pd.DataFrame(rows, columns=["src", "dst", "port", "span", "value"]).astype({"value": "float64"})
+        return frame if self.spans else frame.drop(columns="span")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the circuit as JSON, one line per edge; folders are made, an old file is replaced at once.
@@ -297,12 +390,14 @@ class Circuit:
             )
         content = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.spans else 1,
             "shape": {f.name: getattr(self.shape, f.name) for f in fields(self.shape)},
             "provenance": dict(self.provenance),
             "report": dict(self.report),
             "edges": {str(edge): score for edge, score in self.scores.items()},
         }
+        if self.spans:
+            content["spans"] = {str(edge): dict(scores) for edge, scores in self.spans.items()}
         write_atomically(target, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
         return target
 
@@ -323,7 +418,8 @@ class Circuit:
             shape = GraphShape(**content["shape"])
             edges = {Edge.parse(text): as_score(text, score) for text, score in content["edges"].items()}
             said = {key: plain_mapping(content.get(key, {}), key) for key in ("provenance", "report")}
-            return cls(shape, edges, **said)
+            spans = {Edge.parse(text): scores for text, scores in content.get("spans", {}).items()}
+            return cls(shape, edges, **said, spans=spans)
         except (KeyError, TypeError, AttributeError, GraphError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise FileFormatError(f"{path} is a circuit file, but a broken one: {reason}") from error
@@ -332,7 +428,8 @@ class Circuit:
 
     def __repr__(self) -> str:
         edges = f"{counted(len(self), 'edge')} ({self.n_connected} connected) of {self.shape.n_edges}"
-        return f"Circuit: {edges}, {counted(len(self.nodes), 'node')}" + (f", {self.origin}" if self.origin else "")
+        at = f", {counted(self.n_pairs, 'pair')} of edge and span" if self.spans else ""
+        return f"Circuit: {edges}{at}, {counted(len(self.nodes), 'node')}" + (f", {self.origin}" if self.origin else "")
 
     def _repr_svg_(self) -> str | None:
         # Imported here because drawing builds on circuits.
@@ -357,100 +454,16 @@ def check_circuit(circuit: object) -> None:
         )
 
 
-def as_edge(edge: object) -> Edge:
-    """An `Edge` from an edge, its printed text, or a (src, dst, port) tuple."""
-    if isinstance(edge, Edge):
-        return edge
-    if isinstance(edge, str):
-        return Edge.parse(edge)
-    if isinstance(edge, tuple) and len(edge) == 3 and all(isinstance(part, str) for part in edge):
-        return Edge(*edge)
-    raise GraphError(f"{edge!r} is not an edge. Give Edge(src, dst, port), or a text such as 'a0.h1->a3.h2<k>'.")
+def check_everywhere(circuit: Circuit, what: str) -> None:
+    """Refuse a circuit of which some edges carry at some spans alone.
 
-
-def as_score(edge: Edge | str, score: object) -> float | None:
-    """A finite Python float, or None."""
-    if score is None:
-        return None
-    try:
-        number = float(score)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise GraphError(f"The score of {edge} is {score!r}. Give a finite number, or None for no score.") from error
-    if not math.isfinite(number):
-        raise GraphError(f"The score of {edge} is {number}. Give a finite number, or None for no score.")
-    return number
-
-
-def plain_mapping(mapping: object, name: str) -> dict[str, Any]:
-    """A deep copy of plain JSON values, so that what is saved is what is loaded again."""
-    if not isinstance(mapping, Mapping):
-        raise GraphError(f"{name} is a {type(mapping).__name__}. Give a mapping of names to values.")
-    return {key: plain_value(value, f"{name}[{key!r}]") for key, value in mapping.items() if is_name(key, name)}
-
-
-def plain_value(value: Any, place: str) -> Any:
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise GraphError(f"{place} is {value}, which JSON cannot hold. Leave it out, or say None.")
-        return float(value)
-    if isinstance(value, Mapping):
-        return {k: plain_value(v, f"{place}[{k!r}]") for k, v in value.items() if is_name(k, place)}
-    if isinstance(value, list | tuple):
-        return [plain_value(item, f"{place}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, Path):
-        return str(value)
-    raise GraphError(
-        f"{place} is a {type(value).__name__}, which JSON cannot hold. "
-        "Give numbers, texts, lists and mappings (of a tensor, its .item() or .tolist())."
-    )
-
-
-def is_name(key: object, place: str) -> bool:
-    if not isinstance(key, str):
-        raise GraphError(f"{place} has the key {key!r}. JSON has only texts as keys.")
-    return True
-
-
-def file_of(path: Path) -> Path:
-    """The file itself, or the one that `mechinterp discover` wrote into this folder."""
-    if not path.is_dir():
-        return path
-    if not (path / "circuit.json").is_file():
-        raise FileFormatError(f"{path} is a folder without a circuit.json. Give the file that Circuit.save() wrote.")
-    return path / "circuit.json"
-
-
-def read_content(path: Path) -> dict[str, Any]:
-    """The checked JSON object of a circuit file."""
-    remedy = "Circuits are JSON files written by Circuit.save()."
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FileFormatError(f"{path} is not JSON ({error}). {remedy}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise FileFormatError(f"{path} is not a circuit: its format is {found!r}, not {FORMAT!r}. {remedy}")
-    if content.get("version") != VERSION:
-        raise FileFormatError(
-            f"{path} is of version {content.get('version')!r}; this mechinterp reads version {VERSION}. Upgrade mechinterp."
+    Raises
+    ------
+    GraphError
+        It has spans.
+    """
+    if circuit.spans:
+        raise GraphError(
+            f"{what} knows edges at all positions alone, and {counted(len(circuit.spans), 'edge')} of this circuit "
+            f"{'carries' if len(circuit.spans) == 1 else 'carry'} at some spans. For the bare edges: circuit.everywhere()."
         )
-    return content
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target, then rename: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        # mkstemp makes private files; a saved circuit gets the permissions that any new file would.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -20,7 +20,7 @@ from mechinterp.errors import missing_extra
 from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.legend import decorate
 from mechinterp.graph.nodes import Edge, GraphShape, parse_node
-from mechinterp.graph.style import BORDER, FAINT, FILL, FONT, INK, STRUCTURAL_LINE, Style, printable
+from mechinterp.graph.style import BORDER, FAINT, FILL, FONT, INK, STRUCTURAL_LINE, Style, printable, spans_in_words
 
 if TYPE_CHECKING:
     import pygraphviz
@@ -97,6 +97,9 @@ def styled(circuit: Circuit, labels: Mapping[str, str], edges: Collection[Edge])
     for identity, edge in sorted(edge_ids(circuit).items(), key=lambda item: abs(circuit.scores[item[1]] or 0.0)):
         if edge in edges:
             attributes = style.attributes(circuit.scores[edge])
+            if edge in circuit.spans:
+                # Graphviz draws no comments: a tooltip would be a link around the edge.
+                attributes["comment"] = "; ".join(spans_in_words(circuit, edge))
             if edge.port != "in":
                 attributes["headport"] = f"{edge.port}:s"
             plain.add_edge(edge.src, edge.dst, key=edge.port, id=identity, **attributes)

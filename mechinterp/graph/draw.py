@@ -12,9 +12,10 @@ from types import MappingProxyType
 from typing import Final
 
 from mechinterp.errors import GraphError, MissingExtraError, did_you_mean
-from mechinterp.graph.circuit import Circuit, write_atomically
+from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.connect import best_connected
 from mechinterp.graph.dot import edge_ids, to_dot
+from mechinterp.graph.files import write_atomically
 from mechinterp.graph.graph import index_of
 from mechinterp.graph.html import to_page
 from mechinterp.graph.nodes import counted, node_name
@@ -121,8 +122,8 @@ class Diagram:
 
     @cached_property
     def svg(self) -> str:
-        """A self-contained SVG element. Hovering over an edge shows its score. Needs pygraphviz."""
-        return clean_svg(self.render("svg").decode(), edge_ids(self.circuit), self.circuit.scores)
+        """A self-contained SVG element. Hovering over an edge shows its score and spans. Needs pygraphviz."""
+        return clean_svg(self.render("svg").decode(), edge_ids(self.circuit), self.circuit)
 
     @cached_property
     def html(self) -> str:
@@ -199,8 +200,7 @@ def strongest(circuit: Circuit, n: int, connected: bool) -> Circuit:
     if not 0 < len(keep) <= n:
         # Where nothing of that size is connected, edges that dangle are better than none.
         keep = ranked[:n]
-    edges = [index.edges[i] for i in keep]
-    return Circuit(circuit.shape, {edge: circuit.scores[edge] for edge in edges}, circuit.provenance)
+    return circuit.only(index.edges[i] for i in keep)
 
 
 def caption_of(circuit: Circuit, shown: Circuit, connected: bool) -> str:
@@ -216,4 +216,5 @@ def caption_of(circuit: Circuit, shown: Circuit, connected: bool) -> str:
     else:
         which = f"The strongest {len(shown)}" + (" that connect," if connected else "")
         drawn = f"{which} of {counted(total, 'edge')} in the circuit"
-    return f"{drawn}, {circuit.shape.n_edges} in the model."
+    at = f" They carry at some spans of the prompts: {counted(shown.n_pairs, 'pair')} of edge and span." if shown.spans else ""
+    return f"{drawn}, {circuit.shape.n_edges} in the model.{at}"

@@ -15,7 +15,7 @@ from string import Template
 
 from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.nodes import Edge
-from mechinterp.graph.style import printable
+from mechinterp.graph.style import printable, spans_in_words
 
 __all__ = ["to_page"]
 
@@ -30,7 +30,7 @@ def to_page(
     labels: Mapping[str, str],
 ) -> str:
     """The page, given the picture and which edge has which id in it."""
-    edges = [[identity, *edge, circuit.scores[edge]] for identity, edge in ids.items()]
+    edges = [[identity, *edge, circuit.scores[edge], spans_in_words(circuit, edge)] for identity, edge in ids.items()]
     structural = [[src, dst] for src, dst, kind in circuit.graph.edges(data="kind") if kind == "structural"]
     data = {"edges": edges, "structural": structural, "labels": dict(labels)}
     template = Template(resources.files("mechinterp.graph").joinpath("page.html").read_text(encoding="utf-8"))

@@ -120,6 +120,11 @@ def greedy_edges(
     """
     index, ranked = rank(model, scores, signed)
     check_count(n, len(ranked))
+    return chosen(index, grown(index, ranked, n), scores, provenance, rule="greedy", n=n, signed=signed)
+
+
+def grown(index: EdgeIndex, ranked: Sequence[int], n: int) -> list[int]:
+    """The n edges that growing from the logits takes, of a ranking."""
     into: dict[int, list[tuple[int, int]]] = {}
     for place, i in enumerate(ranked):
         into.setdefault(index.dst[i], []).append((place, i))
@@ -139,7 +144,7 @@ def greedy_edges(
                 present.add(node)
                 for candidate in into.get(node, ()):
                     heapq.heappush(frontier, candidate)
-    return chosen(index, taken, scores, provenance, rule="greedy", n=n, signed=signed)
+    return taken
 
 
 def connected_edges(

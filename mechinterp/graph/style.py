@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from mechinterp.graph.circuit import Circuit
+from mechinterp.graph.nodes import Edge
 
-__all__ = ["BORDER", "FAINT", "FILL", "FONT", "INK", "STRUCTURAL_LINE", "Style", "printable"]
+__all__ = ["BORDER", "FAINT", "FILL", "FONT", "INK", "STRUCTURAL_LINE", "Style", "printable", "spans_in_words"]
 
 FONT: Final = "Helvetica"
 INK: Final = "#222222"
@@ -75,6 +76,12 @@ class Style:
             "arrowsize": f"{0.35 + 0.3 * strength:.2f}",
         }
         return {**attributes, "style": "dashed"} if score < 0 else attributes
+
+
+def spans_in_words(circuit: Circuit, edge: Edge) -> list[str]:
+    """At which spans an edge carries something, the strongest first; nothing where that is everywhere."""
+    spans = sorted(circuit.spans.get(edge, {}).items(), key=lambda each: -abs(each[1] or 0.0))
+    return [printable(span) if score is None else f"{printable(span)}  {score:+.4g}" for span, score in spans]
 
 
 def printable(text: str) -> str:

@@ -7,7 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
+from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.nodes import Edge
+from mechinterp.graph.style import spans_in_words
 
 __all__ = ["clean_svg"]
 
@@ -19,8 +21,8 @@ LINE: Final = re.compile(r'<text [^>]*text-anchor="start" x="[^"]*"[^>]*font-siz
 PORT_SIZE: Final = 7.5
 
 
-def clean_svg(raw: str, ids: Mapping[str, Edge], scores: Mapping[Edge, float | None]) -> str:
-    """The SVG element alone, with each edge's score in its title.
+def clean_svg(raw: str, ids: Mapping[str, Edge], circuit: Circuit) -> str:
+    """The SVG element alone, with each edge's score, and its spans, in its title.
 
     Graphviz's prologue names a DTD on the network, which inline SVG has no use for. Texts in its tables begin
     at a place that was computed for the font of the machine that drew; in a browser with another font they
@@ -29,8 +31,9 @@ def clean_svg(raw: str, ids: Mapping[str, Edge], scores: Mapping[Edge, float | N
 
     def titled(match: re.Match[str]) -> str:
         edge = ids[match["id"]]
-        score = scores[edge]
+        score = circuit.scores[edge]
         words = str(edge) if score is None else f"{edge}  {score:+.4g}"
+        words = "\n".join([words, *spans_in_words(circuit, edge)])
         return f'<g id="{match["id"]}" class="edge">\n<title>{html.escape(words)}</title>'
 
     element = EDGE.sub(titled, raw[raw.index("<svg") :])

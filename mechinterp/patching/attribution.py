@@ -23,7 +23,7 @@ from mechinterp.patching.readers import EMBED, layout_of
 from mechinterp.patching.relevance import check_relevance
 from mechinterp.patching.scores import RULES, EdgeScores, SiteScores, nodes_of
 from mechinterp.patching.star import check_dropping, check_fixing
-from mechinterp.tasks import Task, resolve_metric
+from mechinterp.tasks import Spans, Task, resolve_metric
 
 __all__ = ["attribute"]
 
@@ -77,7 +77,9 @@ def attribute(
         ``"grad-drop"``: the mean of the absolute scores over backward passes, in each of which nothing flows back through one
         layer's attention and MLP, so that paths of opposite sign do not cancel; it is without a sign, and is given that of the
         mean plain score. ``"atp-star"``: both (AtP*). These three take the gradient at the receiving run alone (``steps=0``).
-    over, ablation, metric, direction, normalize, progress
+    over
+        As in `mechinterp.patch`. Of edges ``("span",)``: the sum over the positions of each span of ``task.spans`` for itself.
+    ablation, metric, direction, normalize, progress
         As in `mechinterp.patch`, but here the default direction is ``"noise"``, as in the literature on edges.
     memory
         Bytes that activations, differences and gradients may take; more prompts are handled in parts.
@@ -85,9 +87,9 @@ def attribute(
     Returns
     -------
     Effects
-        Axis ``node`` or ``edge``, or those of the selector, per example. The provenance holds ``completeness_error``:
-        how far the embedding's score is from the whole difference between the runs (it goes to 0 with ``steps``); under
-        "resample" only.
+        Axis ``node`` or ``edge`` (and ``span``), or those of the selector, per example. The provenance holds
+        ``completeness_error``: how far the embedding's score is from the whole difference between the runs (it goes to 0 with
+        ``steps``); under "resample" only.
 
     Raises
     ------
@@ -133,6 +135,7 @@ def attribute(
     if rules not in RULES:
         raise MetricError(f"rules={rules!r}: write one of {', '.join(map(repr, RULES))}")
     rule = RULES[rules]
+    spans = _spans(task, over, rules) if unit == "edge" and over is not None else None
     if (rule.fixes or rule.drops) and (points != (0.0,) or path != "inputs"):
         raise MetricError(
             f"rules={rules!r} takes the gradient at the receiving run: leave out steps= and path=, or use rules='gradient'"
@@ -145,7 +148,7 @@ def attribute(
         check_dropping(model)
     scorer: EdgeScores | SiteScores
     if unit == "edge":
-        scorer = EdgeScores(model, rule)
+        scorer = EdgeScores(model, rule, spans)
     else:
         scorer = SiteScores(model, nodes_of(model) if at is None else grid_of(model, at, task.clean.shape[1], over), rule)
     lines = layout_of(model).written.sites if path == "activations" else (EMBED,)
@@ -207,6 +210,16 @@ def attribute(
         baseline=baseline,
         provenance=provenance,
     )
+
+
+def _spans(task: Task, over: Sequence[str], rules: str) -> Spans | None:
+    """The spans that scores of edges are split by."""
+    over = (over,) if isinstance(over, str) else tuple(over)
+    if over not in ((), ("span",)):
+        raise SelectorError(f"over={over!r}: scores of edges can be split by ('span',), or not at all")
+    if over and (RULES[rules].fixes or RULES[rules].drops):
+        raise MetricError(f"rules={rules!r} has no scores for each position, so over=('span',) goes with 'gradient' or 'relp'")
+    return task.spans if over else None
 
 
 def _parts(model: Model, task: Task, bytes_per_token: int, memory: int) -> list[slice]:

@@ -24,8 +24,8 @@ from mechinterp.core.plan import Cell, Plan, progress_bar
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
 from mechinterp.errors import FileFormatError, GraphError, SelectorError
-from mechinterp.graph import Circuit, Edge, edges_called
-from mechinterp.graph.circuit import as_edge
+from mechinterp.graph import Circuit, Edge, check_everywhere, edges_called
+from mechinterp.graph.values import as_edge
 from mechinterp.patching.compare import Comparison, Direction, MetricLike, ablated_values, compare_runs, plan_runs, unit_of
 from mechinterp.patching.readers import Layout, ReaderGroup, layout_of
 from mechinterp.patching.scores import written_difference
@@ -33,6 +33,8 @@ from mechinterp.tasks import Task, resolve_metric
 
 __all__ = ["edge_effects", "plan_edges"]
 
+# A position, the name of a span, or everywhere.
+Where = int | str | None
 Edges = str | Circuit | Iterable[Edge | str | tuple[str, ...]]
 _WRITTEN_DIFFERENCES = 1 << 30
 _SAVE_EVERY = 60.0
@@ -43,7 +45,7 @@ def edge_effects(
     task: Task,
     edges: Edges = "*",
     *,
-    over: Sequence[Literal["pos"]] = (),
+    over: Sequence[Literal["pos", "span"]] = (),
     ablation: Ablation | str = "resample",
     metric: MetricLike = None,
     direction: Direction = "noise",
@@ -68,7 +70,8 @@ def edge_effects(
         ``"*"`` for all; a `Circuit`; edges; or patterns of their names, separated by ``|``: ``"*->logits"``,
         ``"a5.h*->a9.h6<q>"``, ``"embed->*"``.
     over
-        ``("pos",)``: what each edge carries at each position, one run each, as a second axis.
+        ``("pos",)``: what each edge carries at each position, one run each, as a second axis. ``("span",)``: at all positions
+        of each span of ``task.spans`` together.
     ablation, metric, direction, normalize, memory, progress
         As in `mechinterp.patch`, but the default direction is ``"noise"``, as for `mechinterp.attribute`.
     resume
@@ -77,7 +80,7 @@ def edge_effects(
     Returns
     -------
     Effects
-        Axis ``edge`` (and ``pos``), per example.
+        Axis ``edge`` (and ``pos`` or ``span``), per example.
 
     Raises
     ------
@@ -119,6 +122,8 @@ def edge_effects(
         "edges": [str(edge) for edge in chosen],
         "positions": positions,
     }
+    if isinstance(positions[0], str):
+        said["spans"] = task.spans.index.tolist()
     clean, corrupt = [], []
     ablated = ablated_values(ablation, model, task, layout.written, direction)
     wanted, readers = _wanted(layout), _reader_sites(layout)
@@ -135,6 +140,10 @@ def edge_effects(
             cells = _EdgeCells(runs, layout, chosen, positions)
             missing = flat[:, part].isnan().any(dim=1).tolist()
             left = [i for i in cells.order() if missing[i]]
+            idle = [i for i in left if cells.idle(i)]
+            flat[idle, part] = 0.0
+            bar.update(flat[idle, part].numel())
+            left = [i for i in left if not cells.idle(i)]
             for members, values in _measured(runs, cells, left, memory):
                 flat[members, part] = values
                 bar.update(values.numel())
@@ -145,7 +154,8 @@ def edge_effects(
     axes: tuple[str, ...] = ("edge",)
     coords: dict[str, tuple[Label, ...]] = {"edge": tuple(tuple(edge) for edge in chosen)}
     if over:
-        axes, coords = ("edge", "pos"), coords | {"pos": tuple(range(task.clean.shape[1]))}
+        split = "span" if isinstance(positions[0], str) else "pos"
+        axes, coords = ("edge", split), coords | {split: tuple(where for where in positions if where is not None)}
     scale = unit_of(baseline, direction, metric=rule, task=task) if normalize else 1.0
     provenance = runs.provenance(method="edge patching", site="", normalized=normalize, forwards=2 + len(flat))
     return Effects(
@@ -163,7 +173,7 @@ def plan_edges(
     task: Task,
     edges: Edges = "*",
     *,
-    over: Sequence[Literal["pos"]] = (),
+    over: Sequence[Literal["pos", "span"]] = (),
     metric: MetricLike = None,
     memory: int | str | None = None,
 ) -> Plan:
@@ -191,6 +201,7 @@ def _chosen(layout: Layout, edges: Edges) -> list[Edge]:
     if isinstance(edges, Circuit):
         if edges.shape != layout.shape:
             raise GraphError(f"{edges!r} is a circuit of another model: its graph has {edges.shape}, this one {layout.shape}")
+        check_everywhere(edges, "A choice of edges to measure")
         wanted = set(edges.edges)
     elif isinstance(edges, str):
         # Arrows may have room around them.
@@ -211,10 +222,12 @@ def _chosen(layout: Layout, edges: Edges) -> list[Edge]:
     return [edge for edge in layout.edges if edge in wanted]
 
 
-def _positions(task: Task, over: Sequence[str]) -> list[int | None]:
-    over = (over,) if isinstance(over, str) else over
-    if tuple(over) not in ((), ("pos",)):
-        raise SelectorError(f"over={tuple(over)!r}: edges can be split by ('pos',), or not at all")
+def _positions(task: Task, over: Sequence[str]) -> list[Where]:
+    over = (over,) if isinstance(over, str) else tuple(over)
+    if over not in ((), ("pos",), ("span",)):
+        raise SelectorError(f"over={over!r}: edges can be split by ('pos',) or by ('span',), or not at all")
+    if over == ("span",):
+        return [*task.spans.names]
     return [*range(task.clean.shape[1])] if over else [None]
 
 
@@ -245,14 +258,15 @@ def _reader_sites(layout: Layout) -> list[Site]:
     return sites
 
 
-def _at(site: Site, pos: int | None) -> Site:
-    return site if pos is None else site.at(pos)
+def _at(site: Site, where: Where) -> Site:
+    # The positions of a span are others in each prompt, so that all are written, most of them as they were.
+    return site.at(where) if isinstance(where, int) else site
 
 
 class _EdgeCells(Sequence[Cell]):
     """For each edge (and position) the activation that its run changes, made when it is asked for."""
 
-    def __init__(self, runs: Comparison, layout: Layout, edges: Sequence[Edge], positions: Sequence[int | None]) -> None:
+    def __init__(self, runs: Comparison, layout: Layout, edges: Sequence[Edge], positions: Sequence[Where]) -> None:
         self.runs, self.positions = runs, positions
         self.sites = _reader_sites(layout)
         self.groups = [group for group in layout.groups for _ in group.readers]
@@ -265,6 +279,13 @@ class _EdgeCells(Sequence[Cell]):
         wide = torch.promote_types(runs.model.dtype, torch.float32)
         difference = written_difference(runs, layout, self.start, wide)
         self.difference = difference.reshape(*difference.shape[:2], -1, width).to(runs.model.dtype)
+        # ``[batch pos 1]`` of each span.
+        self.inside: dict[Where, Tensor] = {}
+        if any(isinstance(where, str) for where in positions):
+            spans = runs.task.spans
+            inside = spans.onehot[:, self.start :, None].to(self.difference)
+            self.inside = {name: inside[..., i] for i, name in enumerate(spans.names)}
+        self.nothing = {where for where, inside in self.inside.items() if not inside.any()}
 
     def __len__(self) -> int:
         return len(self.src) * len(self.positions)
@@ -272,6 +293,10 @@ class _EdgeCells(Sequence[Cell]):
     def order(self) -> list[int]:
         """Edges of one reader together."""
         return sorted(range(len(self)), key=lambda i: (self.dst[i // len(self.positions)], i))
+
+    def idle(self, i: int) -> bool:
+        """Whether the prompts have no token in this span that may differ."""
+        return self.positions[i % len(self.positions)] in self.nothing
 
     def site(self, i: int) -> Site:
         """What cell ``i`` changes."""
@@ -282,9 +307,10 @@ class _EdgeCells(Sequence[Cell]):
         model, group, site = self.runs.model, self.groups[self.dst[edge]], self.site(i)
         stream = self.runs.receiver[_stream(group)]
         read = stream.clone()
-        read[:, self.start :] += self.difference[:, self.src[edge]]
         where = self.positions[pos]
-        if where is not None:
+        change = self.difference[:, self.src[edge]]
+        read[:, self.start :] += change * self.inside[where] if where in self.inside else change
+        if isinstance(where, int):
             read = read[:, where]
         if group.port == "in":
             return [(site, read)]

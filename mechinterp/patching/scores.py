@@ -26,6 +26,7 @@ from mechinterp.patching.norms import linear_norm
 from mechinterp.patching.readers import EMBED, Layout, ReaderGroup, head_changes, layout_of
 from mechinterp.patching.relevance import add_relevance_rules
 from mechinterp.patching.star import fixed_edges, fixed_sites, in_a_branch, unsigned
+from mechinterp.tasks import Spans
 
 __all__ = ["RULES", "EdgeScores", "Rules", "SiteScores", "nodes_of", "written_difference"]
 
@@ -168,11 +169,15 @@ class SiteScores(_Scores):
 class EdgeScores(_Scores):
     """Scores of edges: each writer's difference times the gradient at each reader's input."""
 
-    def __init__(self, model: Model, rules: Rules) -> None:
+    def __init__(self, model: Model, rules: Rules, spans: Spans | None = None) -> None:
         super().__init__(model, rules)
         self.layout: Layout = layout_of(model)
-        self.axes, self.site = ("edge",), ""
+        self.site = ""
+        self.axes: tuple[str, ...] = ("edge",)
         self.coords: dict[str, tuple[Label, ...]] = {"edge": tuple(tuple(edge) for edge in self.layout.edges)}
+        self.spans = spans
+        if spans is not None:
+            self.axes, self.coords = ("edge", "span"), self.coords | {"span": spans.names}
         self.wanted = self.layout.written
         cfg, layers = model.cfg, range(model.cfg.n_layers)
         self.fixed = [group for group in self.layout.groups if rules.fixes and group.port in ("q", "k")]
@@ -194,18 +199,26 @@ class EdgeScores(_Scores):
         self.bytes_per_token = 4 * cfg.d_model * (len(self.layout.writers) + _ROWS + 3 * cfg.n_heads)
         if len(self.drops) > 1:
             self.bytes_per_token += 4 * len(self.drops) * (len(self.layout.edges) // 8 + len(mixed) * cfg.d_model)
+        if spans is not None:
+            # No more spans than positions; and the products of some readers at all positions.
+            self.bytes_per_token += 4 * len(self.layout.writers) * (len(self.layout.readers) + 2 * _ROWS)
 
     def score(self, runs: Comparison, points: Sequence[float], lines: Sequence[Site], memory: int, bar: Any) -> Tensor:
-        """``[1 edge batch]``, or where layers are dropped the plain and the absolute scores ``[2 edge batch]``."""
+        """``[1 edge batch]``, or where layers are dropped the plain and the absolute scores ``[2 edge batch]``.
+
+        With spans ``[1 (edge span) batch]``.
+        """
         # Nothing differs before the runs first do.
         start = _start(runs)
         difference = written_difference(runs, self.layout, start)
+        # Of the prompts of this part, which have the names of all of them.
+        inside = None if self.spans is None else runs.task.spans.onehot
         slopes: list[dict[Site, Tensor]] = []
         tables: list[Tensor] = []
         passes = len(points) * len(lines)
         for line in lines:
             for found, values in self.gradients(runs, self.hooked, points, line, self.streams):
-                table = self._table(found, values, difference, start)
+                table = self._table(found, values, difference, start, inside)
                 if tables and not self.rules.drops:
                     tables[0] += table
                 else:
@@ -222,11 +235,23 @@ class EdgeScores(_Scores):
             return scores
         return unsigned(scores, torch.tensor([self.layout.readers[dst] != ("logits", "in") for dst in self.layout.dst]))
 
-    def _table(self, found: dict[Site, Tensor], values: Mapping[Site, Tensor], difference: Tensor, start: int) -> Tensor:
-        """``[edge batch]`` of the gradients at what is read, which are taken out of ``found``; 0 at edges computed otherwise."""
+    def _table(
+        self,
+        found: dict[Site, Tensor],
+        values: Mapping[Site, Tensor],
+        difference: Tensor,
+        start: int,
+        inside: Tensor | None,
+    ) -> Tensor:
+        """``[edge batch]`` of the gradients at what is read, which are taken out of ``found``; 0 at edges computed otherwise.
+
+        With spans ``[(edge span) batch]``.
+        """
         layout, width = self.layout, self.model.cfg.d_model
         batch, n_writers, size = difference.shape
-        products = difference.new_zeros(len(layout.readers), n_writers, batch)
+        at = None if inside is None else inside[:, start:].to(difference).transpose(1, 2)
+        parts = () if at is None else (at.shape[1],)
+        products = difference.new_zeros(len(layout.readers), n_writers, *parts, batch)
         # One piece of memory for all of them: a fresh one each time costs as much as a product.
         most = max(sum(len(group.readers) for place in chunk for group in place) for chunk in self.chunks)
         space = difference.new_empty(most, batch * size // width, width)
@@ -244,7 +269,15 @@ class EdgeScores(_Scores):
             # For the first readers of a chunk that is more than there are edges of.
             heard = max(group.n_writers for place in chunk for group in place)
             slopes = space[:first].reshape(first, batch, size).permute(1, 2, 0)
-            products[readers, :heard] = torch.bmm(difference[:, :heard], slopes).permute(2, 1, 0)
+            if at is None:
+                products[readers, :heard] = torch.bmm(difference[:, :heard], slopes).permute(2, 1, 0)
+                continue
+            # Position by position, and only then summed: the operations are the same.
+            moved = rearrange(difference[:, :heard], "b w (p m) -> b p w m", m=width)
+            each = torch.matmul(moved, rearrange(slopes, "b (p m) r -> b p m r", m=width))
+            products[readers, :heard] = rearrange(torch.bmm(at, each.flatten(2)), "b s (w r) -> r w s b", r=first)
+        if at is not None:
+            return products[layout.dst, layout.src].flatten(0, 1)
         return products[torch.tensor(layout.dst, device=products.device), torch.tensor(layout.src, device=products.device)]
 
     def _fix(
@@ -283,7 +316,7 @@ class EdgeScores(_Scores):
 
     def from_embed(self, flat: Tensor) -> Tensor:
         of_embed = [i for i, writer in enumerate(self.layout.src) if writer == 0]
-        return flat[of_embed].sum(dim=0)
+        return flat.reshape(len(self.layout.edges), -1, flat.shape[-1])[of_embed].sum(dim=(0, 1))
 
 
 def _start(runs: Comparison) -> int:

@@ -2,6 +2,7 @@
 
 =================  ==========================================================================================
 `Task`             clean and corrupt prompts, right and wrong answers, named positions; `Task.from_jsonl`
+`Spans`            the parts that its names cut the prompts into: ``task.spans``
 `ioi`              who receives the gift
 `greater_than`     a war ends after it began
 `induction`        random tokens, repeated
@@ -39,6 +40,7 @@ from mechinterp.tasks.metrics import (
 )
 from mechinterp.tasks.offline import word_tokenizer
 from mechinterp.tasks.pairs import read_pairs
+from mechinterp.tasks.spans import Spans
 from mechinterp.tasks.task import Task
 from mechinterp.tasks.words import Tokenizer
 
@@ -46,6 +48,7 @@ __all__ = [
     "METRICS",
     "TASKS",
     "Metric",
+    "Spans",
     "Task",
     "Tokenizer",
     "accuracy",

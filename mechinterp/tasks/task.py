@@ -27,6 +27,7 @@ from mechinterp.tasks.checks import (
     count_real,
 )
 from mechinterp.tasks.metrics import check_metric_name
+from mechinterp.tasks.spans import Spans, spans_of
 from mechinterp.tasks.words import Tokenizer
 
 if TYPE_CHECKING:
@@ -346,6 +347,17 @@ class Task:
         differs = self.differs
         never = torch.full_like(self.answer_pos, differs.shape[1])
         return torch.where(differs.any(dim=1), differs.int().argmax(dim=1), never)
+
+    @property
+    def spans(self) -> Spans:
+        """The prompts cut at their named positions: see `mechinterp.tasks.Spans`.
+
+        Raises
+        ------
+        TaskError
+            The names come in different orders in different pairs.
+        """
+        return spans_of(self.name, self.lengths, self.clean.shape[1], self.positions)
 
     @property
     def token_strings(self) -> tuple[tuple[str, ...], ...] | None:

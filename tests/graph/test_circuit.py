@@ -14,7 +14,7 @@ import pytest
 
 from mechinterp.errors import FileFormatError, GraphError
 from mechinterp.graph import Circuit, Edge, GraphShape, connected_edges_of, scored_edges
-from mechinterp.graph.circuit import as_edge, as_score, plain_mapping
+from mechinterp.graph.values import as_edge, as_score, plain_mapping
 
 TOY = GraphShape(n_layers=2, n_heads=2)
 GROUPED = GraphShape(n_layers=2, n_heads=4, n_kv_heads=2)
@@ -194,7 +194,7 @@ BROKEN = [
     ("not json", "is not JSON (Expecting value"),
     ("[]", "is not a circuit: its format is 'list', not 'mechinterp-circuit'. Circuits are JSON files"),
     ('{"format": "other"}', "is not a circuit: its format is 'other'"),
-    ({**VALID, "version": 2}, "is of version 2; this mechinterp reads version 1. Upgrade mechinterp."),
+    ({**VALID, "version": 3}, "is of version 3; this mechinterp reads versions 1 to 2. Upgrade mechinterp."),
     ({key: VALID[key] for key in ("format", "version", "shape")}, "but a broken one: it lacks 'edges'"),
     ({**VALID, "shape": {"layers": 2}}, "but a broken one:"),
     ({**VALID, "shape": None}, "but a broken one:"),
@@ -279,3 +279,92 @@ def test_messages(call, message: str) -> None:
     with pytest.raises(GraphError) as caught:
         call()
     assert message in str(caught.value)
+
+
+# -- spans
+
+A, B, C = (Edge.parse(text) for text in ("embed->a0.h1<v>", "a0.h1->logits", "m0->logits"))
+
+
+def spanned(**spans: dict[str, float | None] | None) -> Circuit:
+    """A circuit of the edges named: a mapping of spans, or None for everywhere."""
+    edges = {{"A": A, "B": B, "C": C}[name]: at for name, at in spans.items()}
+    scores = {edge: sum(s or 0.0 for s in at.values()) if at else 5.0 for edge, at in edges.items()}
+    return Circuit(TOY, scores, spans={edge: at for edge, at in edges.items() if at})
+
+
+def test_edges_at_some_spans() -> None:
+    circuit = spanned(A={"S": 1.0, "end": -0.5}, B=None, C={"end": 2.0})
+    assert repr(circuit) == f"Circuit: 3 edges (2 connected) of {TOY.n_edges}, 4 pairs of edge and span, 4 nodes"
+    assert (len(circuit), circuit.n_pairs, circuit.n_connected, circuit.connected().n_pairs) == (3, 4, 2, 3)
+    assert circuit.connected() == spanned(A={"S": 1.0, "end": -0.5}, B=None) == circuit.only(["a0.h1->logits", A])
+    assert circuit != circuit.everywhere() and circuit.everywhere().spans == {} and len(circuit.everywhere()) == 3
+    assert (
+        circuit.graph.edges["embed", "a0.h1", "v"]["spans"] == "S,end"
+        and "spans" not in circuit.graph.edges["a0.h1", "logits", "in"]
+    )
+    frame = circuit.to_frame()
+    assert list(frame.columns) == ["src", "dst", "port", "span", "value"]
+    assert frame["value"].tolist() == [1.0, -0.5, 5.0, 2.0]
+    assert [span for span in frame["span"] if isinstance(span, str)] == ["S", "end", "end"]
+    for same in (copy.deepcopy(circuit), pickle.loads(pickle.dumps(circuit))):
+        assert same == circuit and hash(same) == hash(circuit)
+
+
+def test_set_algebra_of_spans() -> None:
+    left = spanned(A={"S": 1.0, "end": 2.0}, B=None)
+    right = spanned(A={"end": 9.0, "IO": 3.0}, B={"S": 4.0}, C={"S": 7.0})
+    both = left & right
+    assert both.spans == {A: {"end": 2.0}, B: {"S": None}} and both.scores == {A: 2.0, B: 5.0}
+    either = left | right
+    assert either.spans == {A: {"S": 1.0, "end": 2.0, "IO": 3.0}, C: {"S": 7.0}} and either.scores == {A: 6.0, B: 5.0, C: 7.0}
+    assert (right | left).spans == {A: {"end": 9.0, "IO": 3.0, "S": 1.0}, C: {"S": 7.0}}
+    less = right - left
+    assert less.spans == {A: {"IO": 3.0}, C: {"S": 7.0}} and less.scores == {A: 3.0, C: 7.0}
+    assert (left & spanned(A={"IO": 1.0})).scores == {}
+    a, c = spanned(A={"S": 1.0, "end": 2.0}), spanned(A={"end": 1.0}, C={"end": 1.0})
+    assert a.iou(c) == 1 / 3 and a.iou(a) == 1.0 and spanned(B=None).iou(spanned(B=None, C={"S": 1.0})) == 0.5
+    for call in (lambda: left - right, lambda: left.iou(right)):
+        with pytest.raises(GraphError) as caught:
+            call()
+        assert str(caught.value) == (
+            "a0.h1->logits is at all positions in one of these circuits and at some spans in the other, and which spans there "
+            "are is not known here. Compare the edges alone: circuit.everywhere()."
+        )
+
+
+def test_files_of_circuits_with_spans(tmp_path: Path) -> None:
+    circuit = spanned(A={"S": 1.0, "end": -0.5}, B=None, C={"end": None})
+    path = circuit.save(tmp_path / "c.json")
+    assert Circuit.load(path) == circuit
+    content = json.loads(path.read_text())
+    assert content["version"] == 2 and content["spans"]["embed->a0.h1<v>"] == {"S": 1.0, "end": -0.5}
+    # What has no spans is written as it always was.
+    assert json.loads(circuit.everywhere().save(path).read_text()).keys() == content.keys() - {"spans"}
+    assert json.loads(path.read_text())["version"] == 1
+    path.write_text(json.dumps(content | {"spans": {"m1->logits": {"S": 1.0}}}))
+    with pytest.raises(FileFormatError, match="a broken one: There are spans of m1->logits, which is not in the circuit"):
+        Circuit.load(path)
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ({B: {"S": 1.0}}, "There are spans of a0.h1->logits, which is not in the circuit. Give it a score too, or None."),
+        ({A: {}}, "The spans of embed->a0.h1<v> are {}. Give each name of task.spans a score or None, or leave it out."),
+        ({A: "end"}, "The spans of embed->a0.h1<v> are 'end'. Give each name of task.spans a score or None, or leave it out."),
+        ({A: {3: 1.0}}, "spans of embed->a0.h1<v> has the key 3. JSON has only texts as keys."),
+        ([A], "spans is a list. Give a mapping of edges to the names of their spans."),
+    ],
+    ids=["stranger", "none", "text", "number", "list"],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_spans_that_cannot_be(spans: object, message: str) -> None:
+    with pytest.raises(GraphError) as caught:
+        Circuit(TOY, {A: 1.0}, spans=spans)  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+def test_only_edges_that_there_are() -> None:
+    with pytest.raises(GraphError, match=r"^m0->logits is not in this circuit of 1 edge\.$"):
+        spanned(A=None).only([C])

@@ -284,11 +284,22 @@ def test_the_page_knows_every_edge_by_its_id() -> None:
     circuit = circuit_of(60)
     page = draw(circuit).html
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
-    assert {Edge(src, dst, port): score for _, src, dst, port, score in data["edges"]} == dict(circuit.scores)
+    assert {Edge(src, dst, port): score for _, src, dst, port, score, _ in data["edges"]} == dict(circuit.scores)
     for identity, *_ in data["edges"]:
         assert page.count(f'<g id="{identity}" class="edge">') == 1
     for _, head in data["structural"]:
         assert page.count(f'<g id="s_{head}" class="edge">') == 1
+
+
+def test_spans_are_told_with_the_edges() -> None:
+    plain = circuit_of(20)
+    edge = plain.edges[3]
+    diagram = draw(Circuit(GROUPED, plain.scores, spans={edge: {"S1": 0.25, "S1..end": -0.5, "end": None}}))
+    assert diagram.caption.endswith(" in the model. They carry at some spans of the prompts: 22 pairs of edge and span.")
+    assert marks(diagram.svg, "edge")["e3"] == f"{edge}  {plain.scores[edge]:+.4g}\nS1..end  -0.5\nS1  +0.25\nend"
+    assert diagram.dot.count('comment="S1..end  -0.5; S1  +0.25; end"') == diagram.dot.count("comment=") == 1
+    data = json.loads(re.search(r'id="data">(.*?)</script>', diagram.html, re.DOTALL)[1])
+    assert [spans for *_, spans in data["edges"] if spans] == [["S1..end  -0.5", "S1  +0.25", "end"]]
 
 
 def test_notebooks_show_circuits_and_diagrams() -> None:
