@@ -16,6 +16,7 @@ def test_public_names() -> None:
         "METRICS",
         "TASKS",
         "Metric",
+        "Spans",
         "Task",
         "Tokenizer",
         "accuracy",
