@@ -9,14 +9,11 @@ Calls are counted: an edge is one test, and the plain loop calls the model once 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from sweeps import gpt2, in_turns, keep, random_pairs
+from sweeps import gpt2, in_turns, measure_cases, random_pairs
 
 import mechinterp as mi
 
@@ -77,20 +74,6 @@ def case(model: mi.Model, task: mi.Task, threshold: float, rounds: int) -> dict[
     }
 
 
-def main() -> None:
-    """Time the cases that were named, and write the results down."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; all by default")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="a JSON file")
-    arguments = parser.parse_args()
-    for name in arguments.cases:
-        found = case(*CASES[name](), arguments.rounds)
-        sys.stdout.write(f"{name}: {json.dumps(found, indent=2)}\n")
-        sys.stdout.flush()
-        if arguments.out:
-            keep(arguments.out, name, found)
-
-
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    measure_cases(parser, CASES, 1, lambda name, arguments: case(*CASES[name](), arguments.rounds))

@@ -9,15 +9,12 @@ the weights, which were there before.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from sweeps import gpt2, in_turns, keep, random_pairs
+from sweeps import gpt2, in_turns, measure_cases, random_pairs
 from torch.profiler import ProfilerActivity, profile
 
 import mechinterp as mi
@@ -79,20 +76,6 @@ CASES: dict[str, Callable[[], tuple[mi.Model, mi.Task]]] = {
 }
 
 
-def main() -> None:
-    """Time the cases that were named, and write the results down."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; all by default")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="a JSON file")
-    arguments = parser.parse_args()
-    for name in arguments.cases:
-        found = case(*CASES[name](), arguments.rounds)
-        sys.stdout.write(f"{name}: {json.dumps(found, indent=2)}\n")
-        sys.stdout.flush()
-        if arguments.out:
-            keep(arguments.out, name, found)
-
-
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    measure_cases(parser, CASES, 7, lambda name, arguments: case(*CASES[name](), arguments.rounds))

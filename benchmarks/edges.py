@@ -8,17 +8,14 @@ does), and unembedding the one position where the answer is read (the least that
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from sweeps import gpt2, in_turns, keep, random_pairs, seconds
+from sweeps import gpt2, in_turns, measure_cases, random_pairs, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 import mechinterp as mi
@@ -174,7 +171,7 @@ def small() -> tuple[mi.Model, mi.Task]:
 
 
 def main() -> None:
-    """Time the cases that were named, and write the results down."""
+    """Time the cases that were named."""
     parser = argparse.ArgumentParser(description=__doc__)
     cases: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "edges-gpt2-small": lambda args: edges((case := small())[0], case[1][:1], args.sample, args.rounds),
@@ -183,19 +180,10 @@ def main() -> None:
         "circuits-smollm2": lambda args: circuits(*smollm2(), args.circuits, args.rounds, args.memory),
         "plan-smollm2": lambda args: plan_only(*smollm2()),
     }
-    parser.add_argument("cases", nargs="*", default=list(cases), help=f"of {', '.join(cases)}; all by default")
     parser.add_argument("--sample", type=int, default=300, help="edges timed")
     parser.add_argument("--circuits", type=int, default=64, help="circuits in one call")
     parser.add_argument("--memory", help="for the packed circuits, such as '256 MiB'; what run_circuits takes by default")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="a JSON file")
-    arguments = parser.parse_args()
-    for name in arguments.cases:
-        found = cases[name](arguments)
-        sys.stdout.write(f"{name}: {json.dumps(found, indent=2)}\n")
-        sys.stdout.flush()
-        if arguments.out:
-            keep(arguments.out, name, found)
+    measure_cases(parser, cases, 3, lambda name, arguments: cases[name](arguments))
 
 
 if __name__ == "__main__":

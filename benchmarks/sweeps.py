@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -123,22 +123,34 @@ def keep(file: Path, name: str, found: dict[str, Any]) -> None:
     file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    """Time the cases that were named, and write the results down."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; all by default")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
+def measure_cases(
+    parser: argparse.ArgumentParser, cases: Iterable[str], rounds: int, find: Callable[[str, argparse.Namespace], dict[str, Any]]
+) -> None:
+    """Measure the cases that the command line names; print each, and write it down at once."""
+    names = list(cases)
+    parser.add_argument("cases", nargs="*", default=names, help=f"of {', '.join(names)}; all by default")
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--out", type=Path, help="a JSON file")
     arguments = parser.parse_args()
     for name in arguments.cases:
-        model, task = CASES[name]()
-        model.hf.to(arguments.device)
-        found = head_sweep(model, task, arguments.rounds)
+        found = find(name, arguments)
         sys.stdout.write(f"{name}: {json.dumps(found, indent=2)}\n")
         sys.stdout.flush()
         if arguments.out:
             keep(arguments.out, name, found)
+
+
+def main() -> None:
+    """Time the cases that were named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+
+    def find(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+        model, task = CASES[name]()
+        model.hf.to(arguments.device)
+        return head_sweep(model, task, arguments.rounds)
+
+    measure_cases(parser, CASES, 3, find)
 
 
 if __name__ == "__main__":

@@ -280,8 +280,7 @@ def discover(
     command = ["mechinterp", *sys.argv[1:]]
     paths = save_all(folder, circuit, report, stories, command=command, seconds=time.perf_counter() - started)
     low, high = report.faithfulness_interval
-    chance = round(sum(report.random_faithfulness) / max(1, len(report.random_faithfulness)), 3) + 0.0
-    rivals = f", random circuits {chance:.3f}" if report.random_faithfulness else ""
+    rivals = f", random circuits {report.random_mean:.3f}" if report.random_faithfulness else ""
     roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if story.clear)
     kept = counted(report.connected, "connected edge")
     kept = kept if report.pairs is None else f"{counted(report.pairs, 'pair')} of edge and span on {kept}"

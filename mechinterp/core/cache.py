@@ -70,8 +70,9 @@ class Cache(Mapping[Site, Tensor]):
         """Copies of the whole activations that these sites are parts of, with the new values in place."""
         found: dict[Site, Tensor] = {}
         for site, new in values:
-            old = self._whole_of(site)
-            value = found.setdefault(site.whole, old.clone())
+            if site.whole not in found:
+                found[site.whole] = self._whole_of(site).clone()
+            value = found[site.whole]
             index, meant = self._part(site, value)
             value[index] = new if meant is None else torch.where(meant.reshape(-1, *[1] * (new.ndim - 1)), new, value[index])
         return found

@@ -12,12 +12,11 @@ import torch
 from mechinterp.core.answers import answer_logits
 from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.model import Model
+from mechinterp.core.plan import rows_per_forward
 from mechinterp.patching.compare import MetricLike
 from mechinterp.tasks import Task, accuracy, resolve_metric
 
 __all__ = ["Ability", "check_task"]
-
-_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,9 @@ def check_task(model: Model, task: Task, *, metric: MetricLike = None) -> Abilit
     check_model_and_task(model, task)
     rule, task = resolve_metric(metric, task), task.to(model.device)
     right, others, values, moved, best = [], [], [], [], []
-    for start in range(0, len(task), _ROWS):
-        part = task[start : start + _ROWS]
+    at_once = rows_per_forward(model, task.clean.shape[1])
+    for start in range(0, len(task), at_once):
+        part = task[start : start + at_once]
         with torch.no_grad():
             clean, corrupt = (answer_logits(model, tokens, part.answer_pos) for tokens in (part.clean, part.corrupt))
         right.append(accuracy(clean, part))

@@ -110,9 +110,13 @@ class Report:
         if self.random_interval is None:
             return "no random circuits beside it"
         low, high = self.random_interval
-        # What rounds to nothing has no sign.
-        mean = round(sum(self.random_faithfulness) / n, 3) + 0.0
-        return f"{n} random circuits of equal size: mean {mean:.3f} ({low:.3f} to {high:.3f}); beaten {self.beats_random}"
+        mean = f"mean {self.random_mean:.3f} ({low:.3f} to {high:.3f})"
+        return f"{n} random circuits of equal size: {mean}; beaten {self.beats_random}"
+
+    @property
+    def random_mean(self) -> float:
+        """Of the random circuits' faithfulness, to three decimals: what rounds to nothing has no sign. 0 where there are none."""
+        return round(sum(self.random_faithfulness) / max(1, len(self.random_faithfulness)), 3) + 0.0
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(repr(self))}</pre>"

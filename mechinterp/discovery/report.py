@@ -113,8 +113,7 @@ def _chance(report: Report) -> tuple[str, list[str]]:
     values, interval = report.random_faithfulness, report.random_interval
     if interval is None:
         return "", []
-    # What rounds to nothing has no sign.
-    mean = round(sum(values) / len(values), 3) + 0.0
+    mean = report.random_mean
     row = (
         f"| {counted(len(values), 'random circuit')} of equal size | mean {mean:.3f} ({interval[0]:.3f} to {interval[1]:.3f}); "
         f"{report.beats_random} of {len(values)} beaten |"

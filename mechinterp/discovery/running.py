@@ -172,6 +172,12 @@ def run_circuits(
         at_spans, index = [outside_at(wanted[i], layout, spans) for i in spanned], spans.index
     back = torch.tensor([*plain, *spanned], device=model.device).argsort()
     packing = Packing.of(model, task, ablation, metric, memory)
+    # Stacked once, for all parts of the prompts.
+    passes = [
+        (torch.stack(masks[first : first + packing.at_once]).to(model.device), by_span)
+        for masks, by_span in ((outside, False), (at_spans, True))
+        for first in range(0, len(masks), packing.at_once)
+    ]
     found: list[list[Tensor]] = []
     beside: list[list[Tensor]] = []
     with progress_bar(len(wanted) * len(task), "run circuits", show=progress) as bar:
@@ -179,13 +185,8 @@ def run_circuits(
             pack = packing.pack(rows)
             runs, part = pack.runs, pack.runs.task
             logits = []
-            for chunk in range(0, len(plain), packing.at_once):
-                some = torch.stack(outside[chunk : chunk + packing.at_once]).to(model.device)
-                logits.append(pack.answers(some))
-                bar.update(len(some) * len(part))
-            for chunk in range(0, len(at_spans), packing.at_once):
-                some = torch.stack(at_spans[chunk : chunk + packing.at_once]).to(model.device)
-                logits.append(pack.answers_at(some, index[rows]))
+            for some, by_span in passes:
+                logits.append(pack.answers_at(some, index[rows]) if by_span else pack.answers(some))
                 bar.update(len(some) * len(part))
             answers = torch.cat(logits)[back] if spanned else torch.cat(logits)
             right = [accuracy(each, part) for each in (*answers[: len(circuits)], runs.clean_logits)]

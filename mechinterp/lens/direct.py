@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -11,7 +10,7 @@ from einops import einsum
 from torch import Tensor
 
 from mechinterp.core.arguments import check_model
-from mechinterp.core.effects import Effects, Label
+from mechinterp.core.effects import Effects, Label, versions
 from mechinterp.core.laws import tolerance
 from mechinterp.core.memory import bytes_of
 from mechinterp.core.model import Model
@@ -156,7 +155,7 @@ def direct_logits(
             "largest_error": off,
             "forwards": 1,
             "task_provenance": dict(getattr(prompts, "provenance", {})),
-            "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens")},
+            "versions": versions(),
         },
     )
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.core.arguments import check_model
+from mechinterp.core.effects import versions
 from mechinterp.core.model import Model
 from mechinterp.core.plan import progress_bar
 from mechinterp.core.prompts import Batch, Runnable, batch_of
@@ -316,7 +316,7 @@ class _Fit:
             **fitted,
             "prompts": len(self.data.tokens),
             "forwards": "one over some prompts for each step and check",
-            "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens")},
+            "versions": versions(),
         }
         return TunedLens(weight, bias, provenance)
 

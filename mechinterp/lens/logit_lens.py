@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechinterp.core.arguments import check_model
+from mechinterp.core.effects import versions
 from mechinterp.core.memory import bytes_of
 from mechinterp.core.model import Model
 from mechinterp.core.norms import FrozenNorm, freeze_norm
@@ -279,5 +279,5 @@ def _provenance(model: Model, prompts: Any, at: object, lens: TunedLens | None, 
         "at": str(at),
         "contributions": contributions,
         "forwards": 1,
-        "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens")},
+        "versions": versions(),
     }
