@@ -243,7 +243,7 @@ def discover(
     """Find the circuit of a task, judge it on held-out prompts, and write graph, diagrams and report."""
     import mechinterp as mi
     from mechinterp.discovery.choosing import Search
-    from mechinterp.discovery.discover import check_choices, check_method, find
+    from mechinterp.discovery.discover import METHODS, check_choices, check_method, find
     from mechinterp.discovery.report import save_all
 
     started = time.perf_counter()
@@ -267,7 +267,7 @@ def discover(
         selection=selection,
         steps=steps,
         metric=metric,
-        seed=seed,
+        seed=seed if METHODS[method].drawn else None,
         positions=positions,
         progress=True,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from mechinterp.discovery.choosing import SELECTIONS, Search, Unit, choose, edge
 from mechinterp.discovery.methods import METHODS
 from mechinterp.errors import GraphError, did_you_mean
 from mechinterp.graph import Circuit
-from mechinterp.graph.select import check_count
+from mechinterp.graph.select import check_count, check_threshold
 from mechinterp.patching.compare import Direction, MetricLike
 from mechinterp.patching.gradients import check_gradient
 from mechinterp.tasks import METRICS, Metric, Task, resolve_metric
@@ -58,6 +57,12 @@ def _check(search: Search, method: str) -> None:
         raise GraphError(f"the method {method!r} works on edges alone; for unit='node' there are {able}")
     if METHODS[method].drawn and search.seed is None:
         raise GraphError(f"the method {method!r} draws numbers; give it a seed, such as seed=0")
+    if not METHODS[method].drawn and search.seed is not None:
+        drawing = ", ".join(repr(name) for name, each in METHODS.items() if each.drawn)
+        raise GraphError(
+            f"the method {method!r} draws nothing, so that seed={search.seed} would change nothing; leave it out "
+            f"(it goes with {drawing}; prompts have the seed of their task, an ablation its own: mi.Ablation(..., seed=...))"
+        )
     if METHODS[method].noise_only and search.direction != "noise":
         raise GraphError(f"the method {method!r} starts from the clean run; leave out direction={search.direction!r}")
     if search.positions:
@@ -68,8 +73,8 @@ def _check(search: Search, method: str) -> None:
         raise GraphError(
             f"{' and '.join(f'{name}={size}' for name, size in sizes.items())} are two ways to choose; give one of them"
         )
-    if search.threshold is not None and not math.isfinite(search.threshold):
-        raise GraphError(f"threshold={search.threshold}: give a number, such as 0.01 of the difference to explain")
+    if search.threshold is not None:
+        check_threshold(search.threshold, signed=search.signed)
     if search.edges is not None and not search.positions:
         check_count(search.edges, search.shape.n_edges)
     if search.nodes is not None:
@@ -137,7 +142,8 @@ def discover(
     nodes
         how many heads and MLPs to keep, with ``unit="node"``. Or
     threshold
-        keep all whose score is at least this (normalised: 1 is the whole difference between clean and corrupt).
+        keep all whose score is at least this (normalised: 1 is the whole difference between clean and corrupt). Below 0 only
+        with ``signed=True``, since no absolute value is.
     selection
         ``"connected"``: the best edges until that many lie on paths from the embedding to the logits.
         ``"top"``: the best edges, dangling ones included. ``"greedy"``: grown backwards from the logits.
@@ -147,7 +153,7 @@ def discover(
     steps
         Points of the path, where a method takes one.
     seed
-        Of methods that draw; the others take none.
+        Of methods that draw (``"mask"``); to the others none is given.
     positions
         True: edges are scored and chosen at each span of the prompts for itself (``task.spans``: what the names in
         ``task.positions`` cut them into), and ``edges`` counts pairs of an edge and a span. A pair is connected when its edge
@@ -170,7 +176,7 @@ def discover(
     ------
     GraphError
         An unknown method, unit or selection; two ways to choose, or an impossible number; a unit, or positions, that the method
-        cannot score.
+        cannot score; no seed where numbers are drawn, or one where none are.
     TaskError
         ``positions=True`` where the names come in different orders: see `mechinterp.tasks.Spans`.
     MetricError

@@ -12,7 +12,7 @@ from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.connect import best_connected
 from mechinterp.graph.graph import index_of
 from mechinterp.graph.nodes import Edge, GraphShape
-from mechinterp.graph.select import edge_class, grown, random_edges, size_of
+from mechinterp.graph.select import check_threshold, edge_class, grown, random_edges, size_of
 
 __all__ = ["best_pairs", "random_pairs"]
 
@@ -77,6 +77,7 @@ def best_pairs(
     )
     said: dict[str, Any] = {"rule": rule, "signed": signed, "unit": "pairs of edge and span"}
     if threshold is not None:
+        check_threshold(threshold, signed=signed)
         keep = [pair for pair in ranked if size(pairs[pair][2]) >= threshold]
         said |= {"rule": "threshold", "threshold": float(threshold)}
     else:

@@ -86,7 +86,7 @@ def threshold_edges(
     signed: bool = False,
     provenance: Mapping[str, Any] | None = None,
 ) -> Circuit:
-    """Which edges score at least this much? Parameters as in `top_edges`.
+    """Which edges score at least this much? Parameters as in `top_edges`; a threshold below 0 only with ``signed``.
 
     Examples
     --------
@@ -94,6 +94,7 @@ def threshold_edges(
     >>> len(threshold_edges(shape, {Edge("m0", "logits", "in"): -3.0}, 0.5))
     1
     """
+    check_threshold(threshold, signed=signed)
     index, ranked = rank(model, scores, signed)
     key = size_of(signed)
     keep = [i for i in ranked if key(scores[index.edges[i]]) >= threshold]
@@ -278,6 +279,16 @@ def check_count(n: int, available: int) -> None:
     if n > available:
         have = "has" if available == 1 else "have"
         raise GraphError(f"{n} edges were asked for, and only {available} {have} a score. Ask for at most {available}.")
+
+
+def check_threshold(threshold: float, *, signed: bool) -> None:
+    if not math.isfinite(threshold):
+        raise GraphError(f"threshold={threshold}: give a number, such as 0.01 of the difference to explain")
+    if threshold < 0 and not signed:
+        raise GraphError(
+            f"threshold={threshold} is below every absolute score, so that all edges would be kept; give one from 0 on, or rank by "
+            "value with signed=True"
+        )
 
 
 def edge_class(edge: Edge) -> tuple[str, ...]:

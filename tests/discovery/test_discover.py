@@ -27,7 +27,7 @@ def test_finds_the_planted_circuit(name: str, method: str) -> None:
     truth = toy.truth["resample"]
     # Half of the pairs find it, and the other half judge it.
     found_on, held_out = toy.task[:8].split(seed=0)
-    circuit = mi.discover(toy.model, found_on, method=method, edges=len(truth), seed=0)
+    circuit = mi.discover(toy.model, found_on, method=method, edges=len(truth), seed=0 if METHODS[method].drawn else None)
     assert (circuit.iou(truth) == 1.0) == (name not in BLIND.get(method, ()))
     if method in ("eap-ig", "acdc"):
         report = mi.evaluate(circuit, toy.model, held_out, seed=0)
@@ -166,6 +166,16 @@ def test_provenance_says_how_far_down_the_ranking_it_went(setting: Any) -> None:
         ({"edges": 5, "threshold": 0.1}, "edges=5 and threshold=0.1 are two ways to choose; give one of them"),
         ({"method": "mask"}, "the method 'mask' draws numbers; give it a seed, such as seed=0"),
         (
+            {"method": "eap", "seed": 3},
+            "the method 'eap' draws nothing, so that seed=3 would change nothing; leave it out (it goes with 'mask'; prompts have "
+            "the seed of their task, an ablation its own: mi.Ablation(..., seed=...))",
+        ),
+        (
+            {"threshold": -0.1},
+            "threshold=-0.1 is below every absolute score, so that all edges would be kept; give one from 0 on, or rank by value "
+            "with signed=True",
+        ),
+        (
             {"method": "acdc", "direction": "denoise"},
             "the method 'acdc' starts from the clean run; leave out direction='denoise'",
         ),
@@ -191,3 +201,10 @@ def test_edge_scores_come_from_edges(setting: Any) -> None:
     with pytest.raises(GraphError) as caught:
         edge_scores(mi.attribute(setting.model, setting.task))
     assert str(caught.value) == ("these effects are over ('node',); edges come from mi.attribute(model, task, unit='edge')")
+
+
+def test_a_negative_threshold_is_one_of_values(setting: Any) -> None:
+    scores = edge_scores(mi.attribute(setting.model, setting.task, unit="edge", steps=2))
+    found = mi.discover(setting.model, setting.task, threshold=-0.01, signed=True, steps=2)
+    assert set(found.edges) == {edge for edge, score in scores.items() if score >= -0.01}
+    assert 0 < len(found) < len(scores)
