@@ -284,7 +284,10 @@ def discover(
     roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if story.clear)
     kept = counted(report.connected, "connected edge")
     kept = kept if report.pairs is None else f"{counted(report.pairs, 'pair')} of edge and span on {kept}"
-    print(f"circuit        {kept} of {report.all_edges}, {counted(report.nodes, 'node')} ({method}, {selection})")
+    rule = circuit.provenance["selection"]
+    asked = "" if rule["n"] == circuit.n_pairs else f", {rule['n']} asked for and {circuit.n_pairs} found"
+    how = method if rule["rule"] == method else f"{method}, {selection}"
+    print(f"circuit        {kept} of {report.all_edges}, {counted(report.nodes, 'node')} ({how}){asked}")
     found = counted(len(found_on), "prompt")
     print(f"task           {report.task} on {report.model}, {found} to find it, {report.prompts} held out")
     print(f"{report.metric:<14} clean {report.clean:.3f}, corrupt {report.corrupt:.3f}, circuit {report.circuit:.3f}")

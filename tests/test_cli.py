@@ -109,6 +109,15 @@ def test_positions_are_not_judged_thoroughly(monkeypatch: pytest.MonkeyPatch, ca
     )
 
 
+def test_discover_says_where_another_number_was_found_than_asked_for(tmp_path: Path, found: tuple[Path, str]) -> None:
+    told = call("discover", "toy", "--model", "toy:copy", "--method", "acdc", "--edges", 12, "--n", 8, "--out", tmp_path)
+    circuit = mi.Circuit.load(tmp_path)
+    selection = circuit.provenance["selection"]
+    assert (selection["n"], selection["found"]) == (12, len(circuit)) and len(circuit) < 12
+    assert f" nodes (acdc), 12 asked for and {len(circuit)} found\n" in told
+    assert "asked for" not in found[1].splitlines()[0]
+
+
 def test_discover_takes_pairs_of_ones_own(tmp_path: Path) -> None:
     toy = mi.toys.induction(n=6)
     pairs = jsonl_of(toy.task, tmp_path / "pairs.jsonl")

@@ -160,7 +160,8 @@ def acdc_of_size(search: Search) -> Circuit:
 
     A size is searched for in at most three sweeps of six thresholds, each between the two of the last one that enclose it; of
     equally near ones the largest threshold is taken. The number of edges need not fall with the threshold, so it is no proof
-    that no threshold is nearer.
+    that no threshold is nearer. ``provenance["selection"]`` says how many were asked for (``n``) and ``found``, and which
+    thresholds were ``tried``.
     """
     options: dict[str, Any] = {name: getattr(search, name) for name in ("ablation", "metric", "signed", "memory", "progress")}
     if search.threshold is not None:
@@ -183,7 +184,7 @@ def acdc_of_size(search: Search) -> Circuit:
             break
         low, high = max(above), min((tau for tau in below if tau > max(above)), default=max(below))
     circuit = found[best]
-    selection = dict(circuit.provenance["selection"]) | {"n": search.wanted, "tried": sorted(found)}
+    selection = dict(circuit.provenance["selection"]) | {"n": search.wanted, "found": len(circuit), "tried": sorted(found)}
     said = dict(circuit.provenance) | {"selection": selection, "calls": calls, "rows": rows, "forwards": 2 + rows}
     return Circuit(circuit.shape, circuit.scores, said)
 

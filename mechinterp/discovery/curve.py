@@ -164,7 +164,9 @@ class SizeCurve:
     def __repr__(self) -> str:
         on_connected = self.area("connected")
         until = "" if self.complete else f"; up to {self.fractions[-1]:.3g} of the edges, so not comparable with whole curves"
-        points = ", ".join(f"{n}: {f:.3f}" for n, f in zip(self.connected, self.faithfulness.tolist(), strict=True))
+        # Several shares may come to the same edges, above all to none.
+        sizes = dict(zip(self.connected, self.faithfulness.tolist(), strict=True))
+        points = ", ".join(f"{n}: {f:.3f}" for n, f in sizes.items())
         return "\n".join(
             [
                 f"SizeCurve: {self._title()}",

@@ -93,7 +93,9 @@ def _check_positions(search: Search, method: str) -> None:
         able = ", ".join(repr(name) for name, each in METHODS.items() if each.spans)
         raise GraphError(f"the method {method!r} scores edges at all positions together; for positions=True there are {able}")
     n = search.shape.n_edges * len(search.task.spans.filled)
-    if search.edges is not None and (isinstance(search.edges, bool) or not 0 <= search.edges <= n):
+    if search.edges is not None and (
+        not isinstance(search.edges, int) or isinstance(search.edges, bool) or not 0 <= search.edges <= n
+    ):
         raise GraphError(
             f"edges={search.edges}: with positions=True these are pairs of an edge and a span, of which there are {n}; "
             f"give 0 to {n}"
@@ -131,7 +133,8 @@ def discover(
         ``"eap-ig-activations"``, ``"clean-corrupt"``, ``"relp"``, ``"atp-star"``. Exact effects: ``"exact"``, or
         ``"screen-verify"``, which measures the best estimates. Removal one after another: ``"acdc"``. Gates learnt together:
         ``"mask"``. Shares of what is read, without another prompt: ``"flow"``. With ``"acdc"`` a threshold is that of
-        `mechinterp.acdc`, and ``selection`` means nothing; with ``"mask"`` a score is the chance of an open gate, with ``"flow"``
+        `mechinterp.acdc`, ``selection`` means nothing, and of the circuits at several thresholds the one nearest to ``edges`` is
+        taken, which may have more or fewer; with ``"mask"`` a score is the chance of an open gate, with ``"flow"``
         a share.
     unit
         ``"edge"``: edges are scored and chosen. ``"node"``: heads and MLPs are, and the circuit is all edges among those

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from mechinterp.errors import GraphError
+from mechinterp.errors import GraphError, did_you_mean
 from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.connect import best_connected
 from mechinterp.graph.graph import index_of
@@ -15,6 +15,8 @@ from mechinterp.graph.nodes import Edge, GraphShape
 from mechinterp.graph.select import check_threshold, edge_class, grown, random_edges, size_of
 
 __all__ = ["best_pairs", "random_pairs"]
+
+_RULES = ("connected", "top", "greedy")
 
 
 def best_pairs(
@@ -51,7 +53,7 @@ def best_pairs(
     Raises
     ------
     GraphError
-        There are fewer than n pairs.
+        There are fewer than n pairs; an unknown rule; a threshold below 0 without ``signed``.
 
     Examples
     --------
@@ -63,6 +65,8 @@ def best_pairs(
     >>> dict(circuit.spans[Edge("m0", "logits", "in")])
     {'end': -3.0}
     """
+    if rule not in _RULES:
+        raise GraphError(f"There is no rule {rule!r}. {did_you_mean(rule, _RULES)}")
     index, size = index_of(GraphShape.of(model)), size_of(signed)
     edges = sorted(zip(index.positions(scores), scores.values(), strict=True), key=lambda each: each[0])
     pairs = [(i, span, score) for i, spans in edges for span, score in spans.items()]
@@ -82,7 +86,7 @@ def best_pairs(
         said |= {"rule": "threshold", "threshold": float(threshold)}
     else:
         n = min(200, len(pairs)) if n is None else n
-        if isinstance(n, bool) or not 0 <= n <= len(pairs):
+        if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= len(pairs):
             raise GraphError(f"n={n!r} pairs of an edge and a span: {len(pairs)} have a score. Give 0 to {len(pairs)}.")
         said["n"] = n
         if rule == "connected":

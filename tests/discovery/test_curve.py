@@ -39,6 +39,11 @@ def test_areas_on_four_points_by_hand() -> None:
     assert "CPR 0.910, CMD 0.310 over edges asked for (top)\n" in repr(curve)
 
 
+def test_each_size_is_told_once() -> None:
+    curve = by_hand((0.001, 0.002, 0.005, 0.2, 1.0), (0, 0, 0, 20, 100), [0.0, 0.0, 0.0, 0.5, 1.0])
+    assert repr(curve).splitlines()[-1] == "  faithfulness by connected edges of 100: 0: 0.000, 20: 0.500, 100: 1.000"
+
+
 def test_a_curve_that_ends_early_says_so() -> None:
     curve = by_hand((0.1, 0.2), (10, 20), [0.5, 0.5])
     assert not curve.complete

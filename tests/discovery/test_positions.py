@@ -274,6 +274,72 @@ def test_pairs_are_the_best_that_connect(seed: int) -> None:
     assert best_pairs(shape, scores, threshold=1.5).n_pairs == sum(pair[0] >= 1.5 for pair in ranked)
 
 
+def test_pairs_by_value_by_threshold_and_as_many_as_there_are() -> None:
+    shape = mi.GraphShape(n_layers=1, n_heads=1, attn_only=True)
+    query, _, value, direct, out = scored_edges(shape)
+    scores = {
+        direct: {"a": -3.0, "b": 0.5},
+        out: {"a": 2.0, "b": -1.0},
+        value: {"a": 0.1, "b": -0.2},
+        query: {"a": 0.0, "b": 0.0},
+    }
+
+    def kept(**options: Any) -> dict[mi.Edge, set[str]]:
+        return {edge: set(spans) for edge, spans in best_pairs(shape, scores, **options).spans.items()}
+
+    assert kept(n=2, rule="top") == {direct: {"a"}, out: {"a"}}
+    assert kept(n=2, rule="top", signed=True) == {direct: {"b"}, out: {"a"}}
+    # Of equal scores the first edge's.
+    assert kept(n=7, rule="top") == {direct: {"a", "b"}, out: {"a", "b"}, value: {"a", "b"}, query: {"a"}}
+    assert kept(threshold=1.0) == {direct: {"a"}, out: {"a", "b"}}
+    assert kept(threshold=0.1, signed=True) == {direct: {"b"}, out: {"a"}, value: {"a"}}
+    assert kept(threshold=-0.2, signed=True)[value] == {"a", "b"}
+    # A path changes its span at the head: its pairs are at different ones, and both are needed.
+    assert kept(n=3, signed=True) == {direct: {"b"}, out: {"a"}, value: {"a"}}
+    assert best_pairs(shape, scores, rule="top").provenance["selection"]["n"] == 8
+    many = {edge: {str(i): 1.0 for i in range(60)} for edge in scored_edges(shape)}
+    assert best_pairs(shape, many, rule="top").n_pairs == 200
+
+
+def test_discover_passes_on_how_pairs_are_chosen(setting: Any, named: mi.Task) -> None:
+    effects = mi.attribute(setting.model, named, unit="edge", steps=1, over=("span",))
+    spans = effects.coords["span"]
+    scores = {
+        mi.Edge(*edge): dict(zip(spans, row, strict=True))  # type: ignore[misc]
+        for edge, row in zip(effects.coords["edge"], effects.values.tolist(), strict=True)
+    }
+    for options in (
+        {"edges": 9, "selection": "top"},
+        {"edges": 9, "selection": "greedy"},
+        {"edges": 9, "selection": "connected"},
+        {"edges": 9, "selection": "top", "signed": True},
+        {"threshold": 0.1},
+        {"threshold": 0.05, "signed": True},
+    ):
+        found = mi.discover(setting.model, named, steps=1, positions=True, **options)  # type: ignore[arg-type]
+        rule: Any = {"rule": options.get("selection", "connected")}
+        direct = best_pairs(
+            setting.model,
+            scores,
+            n=options.get("edges"),  # type: ignore[arg-type]
+            threshold=options.get("threshold"),  # type: ignore[arg-type]
+            signed="signed" in options,
+            **rule,
+        )
+        assert {edge: set(at) for edge, at in found.spans.items()} == {edge: set(at) for edge, at in direct.spans.items()}
+
+
+def test_a_span_that_no_prompt_has_is_no_choice(setting: Any, named: mi.Task) -> None:
+    task = replace(named, positions={"changed": named.positions["changed"], "next": named.positions["changed"] + 1})
+    assert "changed..next" in task.spans.names and "changed..next" not in task.spans.filled
+    whole = mi.discover(setting.model, task, steps=1, positions=True, edges=len(scored_edges(setting.model)) * 4, selection="top")
+    assert whole.provenance["spans"] == ["..changed", "changed", "next", "next.."]
+    assert all(tuple(at) == ("..changed", "changed", "next", "next..") for at in whole.spans.values())
+    n = 4 * len(scored_edges(setting.model))
+    with pytest.raises(GraphError, match=f"of which there are {n}; give 0 to {n}$"):
+        mi.discover(setting.model, task, steps=1, positions=True, edges=n + 1)
+
+
 def test_random_circuits_have_as_many_pairs(settings: Any, named: mi.Task) -> None:
     model = settings["gpt2"].model
     like = drawn(model, named.spans.names, 0.1, 3).connected()
@@ -306,6 +372,7 @@ def test_taking_edges_away_keeps_the_spans_of_the_others(setting: Any, named: mi
 # -- messages
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_messages(setting: Any, named: mi.Task) -> None:
     model = setting.model
     n = 5 * len(scored_edges(model))
@@ -360,6 +427,22 @@ def test_messages(setting: Any, named: mi.Task) -> None:
             lambda: best_pairs(model, {}, n=1),
             GraphError,
             "n=1 pairs of an edge and a span: 0 have a score. Give 0 to 0.",
+        ),
+        (
+            lambda: best_pairs(model, {}, n=True),
+            GraphError,
+            "n=True pairs of an edge and a span: 0 have a score. Give 0 to 0.",
+        ),
+        (
+            lambda: best_pairs(model, {}, n=0, rule="best"),
+            GraphError,
+            "There is no rule 'best'. There are: connected, top, greedy.",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: best_pairs(model, {}, threshold=-1.0),
+            GraphError,
+            "threshold=-1.0 is below every absolute score, so that all edges would be kept; give one from 0 on, or rank by value "
+            "with signed=True",
         ),
     ]
     for call, error, message in cases:

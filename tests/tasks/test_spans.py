@@ -89,3 +89,17 @@ def test_an_unknown_span() -> None:
     with pytest.raises(TaskError) as caught:
         task_of([2], {"end": 1}).spans.place("S")
     assert str(caught.value) == "the prompts have no span 'S'; there are '..end', 'end', 'end..'"
+
+
+@pytest.mark.parametrize(
+    ("positions", "found"),
+    [
+        ({"IO": [1, 2], "S": [2, 2]}, "pair 0 IO at 1, S at 2 and in pair 1 IO at 2, S at 2"),
+        ({"IO": [1, 2], "S": [1, 1]}, "pair 0 IO at 1, S at 1 and in pair 1 IO at 2, S at 1"),
+    ],
+    ids=["one token in one pair alone", "the second before the first"],
+)
+def test_names_that_meet_in_some_prompts_alone(positions: dict[str, list[int]], found: str) -> None:
+    with pytest.raises(TaskError) as caught:
+        task_of([4, 4], positions).spans  # noqa: B018
+    assert found in str(caught.value)
