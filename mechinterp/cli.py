@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -31,6 +31,12 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="smollm2, toy:induction, a hub name, a local folder or a .gguf file.")]
 TaskName = Annotated[str, typer.Argument(help="A task of `mechinterp tasks`, or a name for your --pairs.")]
 TaskFile = Annotated[Path | None, typer.Option("--pairs", help="Your own pairs as JSON lines, instead of a named task.")]
+TaskOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", help="NAME=VALUE of the task's generator, such as order=ABBA or corruption=swap; may be given again."
+    ),
+]
 # Gradients need a slope, which accuracy has none of.
 SlopedMetric = Annotated[
     str | None, typer.Option("--metric", help="logit_diff, prob_diff, log_prob, kl (with eap-ig). Default: the task's own.")
@@ -99,10 +105,40 @@ def _check_names(model: str, task: str, pairs: Path | None, metric: str | None) 
         raise MechInterpError(f"{model} cannot do the task {task!r}: it was made for {fits}, its own")
 
 
-def _task(model: Any, name: str, pairs: Path | None, n: int | None, seed: int, *, usual: int) -> Any:
+def _task_options(task: str, pairs: Path | None, given: list[str] | None) -> dict[str, Any]:
+    """What ``--option NAME=VALUE`` says, as the generator takes it."""
+    from mechinterp import tasks
+
+    if not given:
+        return {}
+    if pairs is not None or task == "toy":
+        raise MechInterpError(f"--option {given[0]} is of a named task, and these prompts are pairs of their own; leave it out")
+    known = generator_options(tasks.resolve_task(task))
+    read: dict[str, Any] = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals:
+            raise MechInterpError(f"--option {each}: write NAME=VALUE, such as order=ABBA")
+        if name not in known:
+            raise MechInterpError(f"the task {task!r} has no option {name!r}. {did_you_mean(name, known)}")
+        words: dict[str, Any] = {"true": True, "false": False}
+        read[name] = int(value) if value.isdecimal() else words.get(value, value)
+    return read
+
+
+def generator_options(make: Callable[..., Any]) -> tuple[str, ...]:
+    """What a generator can be told in a word or a number."""
+    parameters = signature(make).parameters.values()
+    return tuple(each.name for each in parameters if each.name not in ("n", "seed") and "Sequence" not in each.annotation)[1:]
+
+
+def _task(
+    model: Any, name: str, pairs: Path | None, n: int | None, seed: int, *, usual: int, options: Mapping[str, Any] | None = None
+) -> Any:
     """The prompts of a command: pairs from a file, a toy's own task, or a named one."""
     from mechinterp import tasks
 
+    options = options or {}
     if pairs is not None:
         task = tasks.Task.from_jsonl(pairs, _tokenizer(model), name=name)
         task = replace(task, provenance={**task.provenance, "path": str(pairs)})
@@ -112,8 +148,8 @@ def _task(model: Any, name: str, pairs: Path | None, n: int | None, seed: int, *
     make = tasks.resolve_task(name)
     n = usual if n is None else n
     if make is tasks.induction:
-        return make(model.tokenizer or model.cfg.d_vocab, n=n, seed=seed)
-    return make(_tokenizer(model), n=n, seed=seed)
+        return make(model.tokenizer or model.cfg.d_vocab, n=n, seed=seed, **options)
+    return make(_tokenizer(model), n=n, seed=seed, **options)
 
 
 def _own_task(toy: str, n: int | None, seed: int, *, usual: int) -> Any:
@@ -136,6 +172,8 @@ def _tokenizer(model: Any) -> Any:
 
 def _fresh(circuit: Any, model: Any, name: str | None, pairs: Path | None, n: int | None, seed: int) -> Any:
     """Prompts to judge a circuit on: never those that found it."""
+    from mechinterp.tasks import resolve_task
+
     origin = circuit.provenance
     made = origin.get("task_provenance", {})
     same = name is None or name == origin.get("task")
@@ -157,7 +195,9 @@ def _fresh(circuit: Any, model: Any, name: str | None, pairs: Path | None, n: in
             f"--seed {seed} made the prompts that this circuit was found on, and it is judged on new ones; "
             f"give another, such as --seed {seed + 1}"
         )
-    return _task(model, "toy" if own else name or origin["task"], None, n, seed, usual=32)
+    source = "toy" if own else name or origin["task"]
+    options = {key: made[key] for key in generator_options(resolve_task(source)) if key in made} if same and not own else {}
+    return _task(model, source, None, n, seed, usual=32, options=options)
 
 
 def _other_side(whole: Any, origin: Mapping[str, Any]) -> Any:
@@ -234,6 +274,7 @@ def discover(
     seed: Annotated[int, typer.Option(help="Of the prompts (or which of --pairs), the split, random circuits, bootstrap.")] = 0,
     metric: SlopedMetric = None,
     pairs: TaskFile = None,
+    option: TaskOptions = None,
     random_circuits: Annotated[int, typer.Option(min=0, help="Random circuits of equal size to compare with.")] = 5,
     heads: Annotated[int, typer.Option(min=1, help="How many heads the report describes.")] = 12,
     thorough: Thorough = False,
@@ -251,11 +292,12 @@ def discover(
     if positions and thorough:
         raise MechInterpError("--thorough knows edges at all positions alone; leave out --positions, or --thorough")
     _check_names(model, task, pairs, metric)
+    options = _task_options(task, pairs, option)
     if metric is not None:
         check_method(method, mi.tasks.METRICS[metric], steps=steps)
     _say(f"loading {model}")
     loaded = mi.load(model)
-    prompts = _task(loaded, task, pairs, n, seed, usual=64)
+    prompts = _task(loaded, task, pairs, n, seed, usual=64, options=options)
     folder = out or Path("circuits") / f"{prompts.name}-{loaded.name}".replace(":", "-").replace("/", "-")
     _check_folder(folder, prompts.name, loaded.name, force)
     found_on, held_out = prompts.split(seed=seed)
@@ -408,6 +450,7 @@ def patch(
         Literal["denoise", "noise"], typer.Option(help="Clean into corrupt, or corrupt into clean.")
     ] = "denoise",
     pairs: TaskFile = None,
+    option: TaskOptions = None,
     out: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf for the plot.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many of the strongest sites to print.")] = 12,
 ) -> None:
@@ -417,8 +460,9 @@ def patch(
     if out is not None and out.suffix not in PLOTS:
         raise MechInterpError(f"{out} does not end like a plot that can be drawn. {did_you_mean(out.suffix, PLOTS)}")
     _check_names(model, task, pairs, metric)
+    options = _task_options(task, pairs, option)
     loaded = mi.load(model)
-    prompts = _task(loaded, task, pairs, n, seed, usual=8)
+    prompts = _task(loaded, task, pairs, n, seed, usual=8, options=options)
     effects = mi.patch(loaded, prompts, at, metric=metric, direction=direction, progress=True)
     print(f"{effects.quantity}; clean {effects.baseline['clean']:.3f}, corrupt {effects.baseline['corrupt']:.3f}")
     for name, value in effects.top(top):

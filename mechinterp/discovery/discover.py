@@ -237,6 +237,7 @@ def find(search: Search, method: str) -> tuple[Circuit, Effects | None]:
         "estimator": provenance["method"],
         "method": method,
         "ablation": "resample (the corrupt prompt of each pair)" if ablated == "resample" else ablated,
+        "backwards": provenance.get("backwards", 0),
         "seconds": round(time.perf_counter() - started, 1),
     }
     if isinstance(found, Circuit):

@@ -286,8 +286,8 @@ def check_threshold(threshold: float, *, signed: bool) -> None:
         raise GraphError(f"threshold={threshold}: give a number, such as 0.01 of the difference to explain")
     if threshold < 0 and not signed:
         raise GraphError(
-            f"threshold={threshold} is below every absolute score, so that all edges would be kept; give one from 0 on, or rank by "
-            "value with signed=True"
+            f"threshold={threshold} is below every absolute score, so that all edges would be kept; give one from 0 on, or rank "
+            "by value with signed=True"
         )
 
 

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from string import Formatter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mechinterp.errors import TaskError, did_you_mean
 from mechinterp.tasks.drawing import check_number, draw_distinct
@@ -47,6 +47,7 @@ _OBJECTS = """
 """
 OBJECTS: tuple[str, ...] = tuple(_OBJECTS.split())
 
+ORDERS = ("ABBA", "BABA")
 CORRUPTIONS = ("third-name", "swap", "abc")
 FIELDS = ("A", "B", "S", "place", "object")
 
@@ -85,14 +86,15 @@ def ioi(
     corruption: str = "third-name",
     templates: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    order: Literal["ABBA", "BABA"] | None = None,
     bos: bool = True,
 ) -> Task:
     """How does the model know who receives the gift?
 
     Two people are named, one of them (the subject S) again; the right answer is the other one (the indirect
-    object IO), the wrong one is S. Half of the prompts name IO first ("ABBA"), half S first ("BABA"), and the
-    templates take turns, so that neither order nor wording gives the answer away. No clean prompt occurs
-    twice.
+    object IO), the wrong one is S. Half of the prompts name IO first ("ABBA"), half S first ("BABA"), unless
+    ``order`` asks for one of them, and the templates take turns, so that neither order nor wording gives the
+    answer away. No clean prompt occurs twice.
 
     Parameters
     ----------
@@ -116,6 +118,9 @@ def ioi(
         commonest token length are used; your own must be equally long.
     names
         First names to draw from; default: those of `NAMES` that are single tokens.
+    order
+        ``"ABBA"``: all prompts name IO first; ``"BABA"``: S first; None: both take turns. Circuits at positions
+        (``mi.discover(..., positions=True)``) need one: the spans of `Task.spans` come in one order.
     bos
         Put the tokenizer's BOS token in front, if it has one.
 
@@ -148,10 +153,12 @@ def ioi(
     check_number("ioi", n)
     if corruption not in CORRUPTIONS:
         raise TaskError(f"ioi has no corruption {corruption!r}. {did_you_mean(corruption, CORRUPTIONS)}")
+    if order not in (None, *ORDERS):
+        raise TaskError(f"ioi has no order {order!r} of the names. {did_you_mean(order, ORDERS)}")
     known = _known_names(tokenizer, names)
     places, objects = single_token_words(tokenizer, PLACES), single_token_words(tokenizer, OBJECTS)
     chosen = _chosen_templates(tokenizer, templates, known, list(places), list(objects))
-    fills = _draw(chosen, list(known), list(places), list(objects), n, seed)
+    fills = _draw(chosen, list(known), list(places), list(objects), n, seed, order)
 
     clean = [encode(tokenizer, fill.clean(), bos=bos) for fill in fills]
     corrupt = [encode(tokenizer, fill.corrupt(corruption), bos=bos) for fill in fills]
@@ -175,6 +182,7 @@ def ioi(
             "names": len(known),
             "tokenizer": tokenizer_name(tokenizer),
             "bos": bos and tokenizer.bos_token_id is not None,
+            **({} if order is None else {"order": order}),
         },
         texts=tuple(fill.clean() for fill in fills),
         strings=spell(tokenizer, {token for row in [*clean, *corrupt] for token in row}),
@@ -255,15 +263,17 @@ def _check_template(template: str, places: list[str], objects: list[str]) -> Non
             raise TaskError(f"no {name} is a single token for this tokenizer: use a template without {{{name}}}.")
 
 
-def _draw(templates: list[str], names: list[str], places: list[str], objects: list[str], n: int, seed: int) -> list[_Fill]:
-    """Draw n fills with distinct clean prompts; templates and orders take turns."""
+def _draw(
+    templates: list[str], names: list[str], places: list[str], objects: list[str], n: int, seed: int, order: str | None
+) -> list[_Fill]:
+    """Draw n fills with distinct clean prompts; templates take turns, and orders where none is given."""
     generator = random.Random(seed)
 
     def draw(turn: int) -> tuple[str, _Fill]:
         io, subject, *others = generator.sample(names, 5)
         fill = _Fill(
             template=templates[turn % len(templates)],
-            io_first=(turn // len(templates)) % 2 == 0,
+            io_first=order == "ABBA" if order else (turn // len(templates)) % 2 == 0,
             io=io,
             subject=subject,
             others=(others[0], others[1], others[2]),

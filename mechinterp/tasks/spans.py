@@ -12,6 +12,8 @@ from mechinterp.errors import TaskError
 
 __all__ = ["Spans", "spans_of"]
 
+_OF_IOI = ". Prompts of ioi are made in one order with order='ABBA' (on the command line --option order=ABBA)"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Spans:
@@ -112,7 +114,7 @@ def spans_of(name: str, lengths: Tensor, width: int, positions: Mapping[str, Ten
                     f"the names of task {name!r} come in different orders, so that its prompts have no common spans: in "
                     f"{' and in '.join(found)}. Take the pairs of one order, "
                     f"task[task.positions[{last!r}] {'==' if same else '<'} task.positions[{each!r}]], or leave a name out: "
-                    "dataclasses.replace(task, positions={...})"
+                    "dataclasses.replace(task, positions={...})" + (_OF_IOI if name == "ioi" else "")
                 )
             if same:
                 groups[-1].append(each)

@@ -167,8 +167,8 @@ def test_provenance_says_how_far_down_the_ranking_it_went(setting: Any) -> None:
         ({"method": "mask"}, "the method 'mask' draws numbers; give it a seed, such as seed=0"),
         (
             {"method": "eap", "seed": 3},
-            "the method 'eap' draws nothing, so that seed=3 would change nothing; leave it out (it goes with 'mask'; prompts have "
-            "the seed of their task, an ablation its own: mi.Ablation(..., seed=...))",
+            "the method 'eap' draws nothing, so that seed=3 would change nothing; leave it out (it goes with 'mask'; prompts "
+            "have the seed of their task, an ablation its own: mi.Ablation(..., seed=...))",
         ),
         (
             {"threshold": -0.1},

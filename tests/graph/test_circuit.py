@@ -368,3 +368,10 @@ def test_spans_that_cannot_be(spans: object, message: str) -> None:
 def test_only_edges_that_there_are() -> None:
     with pytest.raises(GraphError, match=r"^m0->logits is not in this circuit of 1 edge\.$"):
         spanned(A=None).only([C])
+
+
+def test_spans_come_in_the_order_of_the_edges() -> None:
+    shape = GraphShape(n_layers=1, n_heads=1, attn_only=True)
+    first, last = "embed->a0.h0<v>", "a0.h0->logits"
+    circuit = Circuit(shape, {Edge.parse(last): None, Edge.parse(first): None}, spans={last: {"a": None}, first: {"b": None}})
+    assert tuple(circuit.spans) == circuit.edges == (Edge.parse(first), Edge.parse(last))

@@ -39,6 +39,25 @@ def test_orders_and_templates_are_balanced_and_prompts_distinct(tokenizer: Any) 
     assert task.texts is not None and len(set(task.texts)) == 20
 
 
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("order", ["ABBA", "BABA"])
+def test_one_order_alone_has_common_spans(tokenizer: Any, order: Any) -> None:
+    task = ioi(tokenizer, n=20, seed=0, order=order)
+    assert task.provenance["orders"] == {order: 20} and task.provenance["order"] == order
+    assert ((task.positions["IO"] < task.positions["S1"]) == (order == "ABBA")).all()
+    assert task.provenance["templates"] == dict.fromkeys(TEMPLATES, 4)
+    assert task.spans.filled[1] == ("IO" if order == "ABBA" else "S1")
+    with pytest.raises(TaskError) as caught:
+        ioi(tokenizer, n=20, seed=0).spans  # noqa: B018
+    assert str(caught.value).endswith(
+        "dataclasses.replace(task, positions={...}). Prompts of ioi are made in one order with order='ABBA' "
+        "(on the command line --option order=ABBA)"
+    )
+    with pytest.raises(TaskError) as caught:
+        ioi(tokenizer, n=2, seed=0, order="abba")  # type: ignore[arg-type]
+    assert str(caught.value) == "ioi has no order 'abba' of the names. There are: ABBA, BABA."
+
+
 def test_third_name_is_new_to_the_prompt(tokenizer: Any) -> None:
     task = ioi(tokenizer, n=20, seed=0)
     third = task.corrupt.gather(1, task.positions["S2"][:, None])
