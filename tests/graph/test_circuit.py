@@ -373,5 +373,9 @@ def test_only_edges_that_there_are() -> None:
 def test_spans_come_in_the_order_of_the_edges() -> None:
     shape = GraphShape(n_layers=1, n_heads=1, attn_only=True)
     first, last = "embed->a0.h0<v>", "a0.h0->logits"
-    circuit = Circuit(shape, {Edge.parse(last): None, Edge.parse(first): None}, spans={last: {"a": None}, first: {"b": None}})
+    circuit = Circuit(
+        shape,
+        {Edge.parse(last): None, Edge.parse(first): None},
+        spans={Edge.parse(last): {"a": None}, Edge.parse(first): {"b": None}},
+    )
     assert tuple(circuit.spans) == circuit.edges == (Edge.parse(first), Edge.parse(last))
