@@ -18,8 +18,9 @@ import networkx as nx
 
 from mechinterp.errors import missing_extra
 from mechinterp.graph.circuit import Circuit
-from mechinterp.graph.legend import decorate
+from mechinterp.graph.legend import box_of, decorate
 from mechinterp.graph.nodes import Edge, GraphShape, parse_node
+from mechinterp.graph.span_labels import label_spans, span_marks
 from mechinterp.graph.style import BORDER, FAINT, FILL, FONT, INK, STRUCTURAL_LINE, Style, printable, spans_in_words
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def to_dot(circuit: Circuit, *, title: str, caption: str, labels: Mapping[str, s
             agraph.get_node(name).attr["pos"] = position
         agraph.graph_attr.update(splines="true", esep="+3")
         agraph.layout(prog="nop")
+    label_spans(agraph, circuit, edge_ids(circuit), {str(node): box_of(node) for node in agraph.nodes()})
     decorate(agraph, circuit, title=title, caption=caption)
     return str(agraph.to_string())
 
@@ -107,9 +109,9 @@ def styled(circuit: Circuit, labels: Mapping[str, str], edges: Collection[Edge])
         agraph = nx.nx_agraph.to_agraph(plain)
     except ImportError as error:
         raise missing_extra("drawing a circuit", "pygraphviz", "draw") from error
-    agraph.graph_attr.update(
-        rankdir="BT", ranksep="0.24", nodesep="0.14", newrank="true", outputorder="edgesfirst", fontname=FONT
-    )
+    # Marks on the lines need room between rows.
+    room = "0.36" if span_marks(circuit) else "0.24"
+    agraph.graph_attr.update(rankdir="BT", ranksep=room, nodesep="0.14", newrank="true", outputorder="edgesfirst", fontname=FONT)
     agraph.node_attr.update(
         shape="box",
         style="rounded,filled",

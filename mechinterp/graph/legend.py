@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.nodes import parse_node
+from mechinterp.graph.span_labels import span_marks
 from mechinterp.graph.style import BORDER, FAINT, FILL, FONT, INK, STRUCTURAL_LINE, Style, printable
 
 if TYPE_CHECKING:
@@ -134,6 +135,12 @@ def lines_of(circuit: Circuit) -> list[Sample]:
         samples.append(Sample("no score", style.attributes(None)))
     if any(kind == "structural" for _, _, kind in circuit.graph.edges(data="kind")):
         samples.append(Sample("keys and values of a group", STRUCTURAL_LINE))
+    marks = span_marks(circuit)
+    if marks:
+        samples.append(Sample("on a line: the part of the prompt at which it carries"))
+        samples += [Sample(f"{mark} = {name}") for name, mark in marks.items() if mark != printable(name)]
+        if len(circuit.spans) < len(circuit):
+            samples.append(Sample("without a mark: everywhere"))
     return samples
 
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,6 +19,7 @@ import pytest
 from mechinterp.errors import GraphError, MissingExtraError
 from mechinterp.graph import Circuit, Edge, GraphShape, connected_edges, draw, parse_node, scored_edges
 from mechinterp.graph.legend import box_of, points_of
+from mechinterp.graph.span_labels import points_along, span_marks
 
 pytest.importorskip("pygraphviz")
 
@@ -289,6 +291,63 @@ def test_the_page_knows_every_edge_by_its_id() -> None:
         assert page.count(f'<g id="{identity}" class="edge">') == 1
     for _, head in data["structural"]:
         assert page.count(f'<g id="s_{head}" class="edge">') == 1
+
+
+def box_of_mark(edge: Any, words: str) -> tuple[float, float, float, float]:
+    x, y = map(float, edge.attr["lp"].split(","))
+    return x - 2.1 * len(words), y - 4, x + 2.1 * len(words), y + 4
+
+
+def apart(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+def test_spans_stand_on_their_lines_and_hide_no_node_or_each_other() -> None:
+    import pygraphviz
+
+    plain = circuit_of(30)
+    names = ("S1", "S1..end", "end")
+    some = {edge: {names[i % 3]: 1.0, **({"end": None} if i % 5 == 0 else {})} for i, edge in enumerate(plain) if i != 7}
+    circuit = Circuit(GROUPED, plain.scores, {"spans": list(names)}, spans=some)
+    diagram = draw(circuit)
+    # The text of an edge's group is its mark, so that it comes and goes with the edge.
+    groups = {g.get("id"): g for g in ElementTree.fromstring(diagram.svg).iter(f"{SVG}g") if g.get("class") == "edge"}
+    told = {identity: "".join(text.text or "" for text in group.iter(f"{SVG}text")) for identity, group in groups.items()}
+    for i, edge in enumerate(circuit.edges):
+        assert told[f"e{i}"] == ", ".join(name for name in names if name in some.get(edge, {}))
+    assert "on a line: the part of the prompt at which it carries" in diagram.svg
+    assert "without a mark: everywhere" in diagram.svg
+    agraph = pygraphviz.AGraph(diagram.dot)
+    marked = [box_of_mark(edge, told[edge.attr["id"]]) for edge in agraph.edges() if told.get(edge.attr["id"])]
+    nodes = [box_of(node) for node in agraph.nodes() if not str(node).startswith("corner")]
+    assert len(marked) == 29
+    hidden = sum(not apart(mark, node) for mark in marked for node in nodes)
+    crossed = sum(not apart(mark, other) for i, mark in enumerate(marked) for other in marked[:i])
+    assert hidden + crossed <= 1
+    # Near its own line: not further than beside it.
+    for edge in agraph.edges():
+        if told.get(edge.attr["id"]):
+            x, y = map(float, edge.attr["lp"].split(","))
+            assert min(abs(px - x) + abs(py - y) for px, py in points_along(edge)) < 2.1 * len(told[edge.attr["id"]]) + 12
+    without = draw(plain)
+    assert "on a line" not in without.svg
+    assert not any("<text" in group for group in without.svg.split('<g id="e')[1:30])
+
+
+def test_long_names_of_spans_are_numbered_in_the_order_of_the_text() -> None:
+    edges = circuit_of(3).edges
+    names = ("zebra..crossing", "crossing", "crossing..")
+    spans = {edge: {name: 1.0} for edge, name in zip(edges, reversed(names), strict=False)}
+    circuit = Circuit(GROUPED, dict.fromkeys(edges, 1.0), {"spans": list(names)}, spans=spans)
+    svg = draw(circuit).svg
+    for number, name in enumerate(names, start=1):
+        assert f"{number} = {name}" in svg
+    # Without that order the alphabet; of many edges nothing.
+    assert span_marks(replace(circuit, provenance={})) == {"crossing": "1", "crossing..": "2", "zebra..crossing": "3"}
+    many = circuit_of(160)
+    crowded = Circuit(GROUPED, many.scores, spans={edge: {"S1": 1.0} for edge in many})
+    assert span_marks(crowded) == {} and span_marks(many) == {}
+    assert span_marks(crowded.only(crowded.edges[:150])) == {"S1": "S1"}
 
 
 def test_spans_are_told_with_the_edges() -> None:
