@@ -14,7 +14,9 @@ from mechinterp.core.reference import mask_of
 from mechinterp.core.run import Cache, run
 from mechinterp.core.select import Selection
 from mechinterp.core.sites import Site
-from mechinterp.patching.readers import Layout, ReaderGroup, head_changes, layout_of
+from mechinterp.errors import ModelError
+from mechinterp.patching.norms import linear_norm
+from mechinterp.patching.readers import Layout, ReaderGroup, layout_of
 from mechinterp.tasks import Task
 
 __all__ = ["flow"]
@@ -25,7 +27,8 @@ def flow(model: Model, task: Task, *, memory: int | str | None = None, progress:
 
     At each position, with x what the reader reads and u what the writer wrote, the proximity is
     max(0, |x|_1 - |x - u|_1), and the share is the proximity over the sum of those of all writers that the reader hears. The
-    score of an edge is the mean share over the real positions of the clean prompt.
+    score of an edge is the mean share over the real positions of the clean prompt. Where the heads' sum passes a norm before it
+    is added (Gemma 2), u of a head is its part of what comes out, at the scale that the norm gives the sum.
 
     Shares say what is large and points the same way, not what matters for an answer: no other prompt and no metric is
     involved. All heads of a layer read the same stream, so their edges from one writer have the same score.
@@ -45,6 +48,11 @@ def flow(model: Model, task: Task, *, memory: int | str | None = None, progress:
     Notes
     -----
     Cost: 1 forward pass.
+
+    Raises
+    ------
+    ModelError
+        Such a norm that is neither LayerNorm nor RMSNorm.
 
     References
     ----------
@@ -93,12 +101,28 @@ def _read(group: ReaderGroup) -> Site:
     return group.site if group.port == "in" else Site("resid_pre", group.layer)
 
 
+def _head_parts(model: Model, layer: int, z: Tensor) -> Tensor:
+    """``[batch pos head d_model]``: what each head adds to the stream; these sum, with the bias, to what attention adds."""
+    parts = torch.einsum("bphd,hdm->bphm", z.float(), model.projection(layer, "o").weight.float())
+    after = model.norm_after("attn", layer)
+    if after is None:
+        return parts
+    # At the scale of the whole sum: a head normed by itself would count as much as all of them.
+    norm = linear_norm(after, model.attention_sums(layer, z))
+    if norm is None:
+        raise ModelError(
+            f"the norm {type(after).__name__} of {model.name} is no LayerNorm or RMSNorm, so that heads have no part of their "
+            "own in what it gives; use 'eap-ig'"
+        )
+    middle = parts - parts.mean(dim=-1, keepdim=True) if norm.centred else parts
+    return middle * norm.scale.unsqueeze(2) * norm.weight
+
+
 def _shares(cache: Cache, layout: Layout, mask: Tensor) -> Tensor:
     """``[edge batch]``."""
 
     def heads(layer: int) -> Tensor:
-        z = cache[Site("z", layer)]
-        return head_changes(cache.model, layer, torch.zeros_like(z), z)
+        return _head_parts(cache.model, layer, cache[Site("z", layer)])
 
     table = rearrange(layout.stacked(lambda site: cache[site].float(), heads), "b w (p m) -> b w p m", p=mask.shape[1])
     known: dict[tuple[Site, int], Tensor] = {}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp.errors import ModelError
 from mechinterp.patching.flow import flow
-from tests.core.conftest import module_of
+from tests.core.conftest import Plain, module_of
 
 
 def test_is_the_definition(setting: Any) -> None:
@@ -58,6 +61,33 @@ def test_padding_does_not_count(setting: Any) -> None:
     torch.testing.assert_close(flow(setting.model, padded).per_example, flow(setting.model, task).per_example, atol=1e-5, rtol=0)
 
 
+def test_heads_that_are_summed_and_normed_have_their_part_of_what_comes_out() -> None:
+    """Gemma 2: written out with the weights of the module, at the scale of the sum."""
+    module = module_of("gemma2")
+    plain = Plain("gemma2", copy.deepcopy(module))
+    model = mi.load(module)
+    clean = torch.randint(1, 60, (3, 6), generator=torch.Generator().manual_seed(0))
+    task = mi.Task(name="random", clean=clean, corrupt=clean, right=[1, 2, 3], wrong=[4, 5, 6])
+    parts: dict[str, torch.Tensor] = {}
+    for layer in range(2):
+        seen, norm = plain.values(clean, layer), plain.parts(layer).attn_end
+        if not layer:
+            parts["embed"] = seen["resid_pre"]
+        total = seen["head_out"].sum(dim=2)
+        size = (total.pow(2).mean(-1, keepdim=True) + norm.eps).rsqrt()
+        for head in range(4):
+            parts[f"a{layer}.h{head}"] = (seen["head_out"][:, :, head] * size * (1 + norm.weight)).detach()
+        parts[f"m{layer}"] = seen["mlp_out"]
+    read = seen["resid_post"]
+    torch.testing.assert_close(sum(parts.values()), read, atol=1e-4, rtol=1e-4)
+    near = {name: (read.abs().sum(-1) - (read - part).abs().sum(-1)).clamp(min=0) for name, part in parts.items()}
+    whole = sum(near.values())
+    effects = flow(model, task)
+    found = dict(zip(effects.coords["edge"], effects.per_example, strict=True))
+    for name, each in near.items():
+        torch.testing.assert_close(found[name, "logits", "in"], (each / whole).mean(-1), atol=1e-4, rtol=1e-3)
+
+
 def test_other_architectures() -> None:
     clean = torch.randint(1, 60, (2, 5), generator=torch.Generator().manual_seed(0))
     task = mi.Task(name="random", clean=clean, corrupt=clean, right=[1, 2], wrong=[3, 4])
@@ -66,3 +96,14 @@ def test_other_architectures() -> None:
         circuit = mi.discover(model, task, method="flow", edges=10)
         assert circuit.n_connected >= 10
         assert (circuit.provenance["ablation"], circuit.provenance["forwards"]) == ("none", 1)
+
+
+def test_a_norm_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechinterp.patching.flow.linear_norm", lambda module, x: None)
+    clean = torch.randint(1, 60, (2, 5), generator=torch.Generator().manual_seed(0))
+    task = mi.Task(name="random", clean=clean, corrupt=clean, right=[1, 2], wrong=[3, 4])
+    with pytest.raises(ModelError) as caught:
+        flow(mi.load(module_of("gemma2"), name="gemma"), task)
+    assert str(caught.value).endswith(
+        "of gemma is no LayerNorm or RMSNorm, so that heads have no part of their own in what it gives; use 'eap-ig'"
+    )
