@@ -25,6 +25,9 @@ def draws(n: int, *, resamples: int, seed: int) -> Tensor:
 def bootstrap_interval(per_example: Tensor, *, confidence: float, resamples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Percentile bootstrap of the mean over the last axis: prompts are drawn with replacement, the same for all cells.
 
+    Of few prompts it is too narrow: measured on means of normal numbers, 95 % intervals hold the truth 90 % of the time at 10
+    prompts, 93 % at 20 and 95 % at 50; of skewed ones (exponential) 87 %, 90 % and 93 %.
+
     Parameters
     ----------
     per_example

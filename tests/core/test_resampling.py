@@ -225,3 +225,11 @@ def test_a_planted_effect_stands_out() -> None:
     assert (low <= found.values).all()
     assert (high >= found.values).all()
     assert ((low > 0.1) == certain).all()
+
+
+@pytest.mark.parametrize(("n", "low", "high"), [(10, 0.87, 0.92), (50, 0.93, 0.965)])
+def test_intervals_hold_the_truth_as_often_as_is_said(n: int, low: float, high: float) -> None:
+    """95 % intervals of the mean of n normal numbers around 1, which at 10 are known to be too narrow."""
+    values = torch.randn(2000, n, generator=torch.Generator().manual_seed(n)) + 1
+    least, most = bootstrap_interval(values, confidence=0.95, resamples=500, seed=1)
+    assert low < float(((least < 1) & (most > 1)).float().mean()) < high

@@ -348,11 +348,12 @@ def test_random_circuits_have_as_many_pairs(settings: Any, named: mi.Task) -> No
         assert (rival.n_connected, rival.n_pairs, len(rival.spans)) == (like.n_connected, like.n_pairs, len(like.spans))
         assert rival.iou(rival) == 1.0 and rival.edges != like.edges
         assert all(score is None for spans in rival.spans.values() for score in spans.values())
-    # Also where the same edges are drawn, their spans are dealt out by chance.
-    every = replace(mi.Circuit.full(model), spans={edge: {"changed" if i % 2 else "late": None} for i, edge in enumerate(full)})
+    # Also where the same edges are drawn, their spans are dealt out by chance, and without the scores of others.
+    every = replace(mi.Circuit.full(model), spans={edge: {"changed" if i % 2 else "late": 1.0} for i, edge in enumerate(full)})
     dealt = [random_pairs(every, seed=seed) for seed in range(3)]
     assert all(each.edges == every.edges and each.n_pairs == every.n_pairs for each in dealt)
     assert len({each._pairs for each in dealt} | {every._pairs}) == 4
+    assert all(score is None for each in dealt for spans in each.spans.values() for score in spans.values())
     report = mi.evaluate(like, model, named, seed=0, random_circuits=2)
     assert report.pairs == like.n_pairs
     assert f"{like.n_pairs} connected pairs of edge and span" in repr(report)
