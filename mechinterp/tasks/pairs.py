@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sized
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -51,6 +52,10 @@ def read_pairs(
     counts tokens (BOS included, negative ones from the end), a text names the one token of the clean prompt
     that it is. Clean and corrupt have equally many tokens; lines may differ, and are padded on the right.
     Empty lines are skipped.
+
+    A line may give token ids in the place of texts, for clean, corrupt and all answers alike:
+    ``{"clean": [0, 504, 2364], "corrupt": [0, 504, 3575], "right": 7042, "wrong": [1, 2]}``. They are taken as they are, without
+    another BOS.
 
     Parameters
     ----------
@@ -153,13 +158,16 @@ def _record(line: str) -> dict[str, Any]:
     for key in REQUIRED:
         if key not in record:
             raise FileFormatError(f"has no key {key!r}: a pair needs {', '.join(REQUIRED)}.")
+    in_ids = isinstance(record["clean"], list)
     for key in ("clean", "corrupt"):
-        if not isinstance(record[key], str) or not record[key]:
-            raise FileFormatError(f"has {record[key]!r} for {key!r}: it is the prompt as text.")
+        if not (_are_ids(record[key]) if in_ids else isinstance(record[key], str) and record[key]):
+            kind = "a list of token ids, as clean is" if in_ids and key == "corrupt" else "the prompt as text, or as token ids"
+            raise FileFormatError(f"has {record[key]!r} for {key!r}: it is {kind}.")
     for key in ("right", "wrong"):
         answers = record[key] if isinstance(record[key], list) else [record[key]]
-        if not answers or not all(isinstance(answer, str) and answer for answer in answers):
-            raise FileFormatError(f"has {record[key]!r} for {key!r}: it is an answer as text, or a list of them.")
+        if not (_are_ids(answers) if in_ids else answers and all(isinstance(answer, str) and answer for answer in answers)):
+            kind = "a token id, as in clean" if in_ids else "an answer as text"
+            raise FileFormatError(f"has {record[key]!r} for {key!r}: it is {kind}, or a list of them.")
         record[key] = answers
     places = record.setdefault("positions", {})
     if not isinstance(places, dict) or not all(type(place) in (int, str) for place in places.values()):
@@ -167,9 +175,18 @@ def _record(line: str) -> dict[str, Any]:
     return record
 
 
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int and token >= 0 for token in value)
+
+
 def _pair(record: dict[str, Any], tokenizer: Tokenizer, bos: bool) -> _Pair:
-    text = record["clean"]
-    clean, corrupt = encode(tokenizer, text, bos=bos), encode(tokenizer, record["corrupt"], bos=bos)
+    text, clean, corrupt = record["clean"], record["clean"], record["corrupt"]
+    in_ids = isinstance(clean, list)
+    if in_ids:
+        _check_known(tokenizer, [*clean, *corrupt, *record["right"], *record["wrong"]])
+        text = tokenizer.decode(clean)
+    else:
+        clean, corrupt = encode(tokenizer, clean, bos=bos), encode(tokenizer, corrupt, bos=bos)
     if len(clean) != len(corrupt):
         raise TaskError(
             f"clean has {len(clean)} tokens and corrupt {len(corrupt)}, and they are aligned token by "
@@ -178,8 +195,9 @@ def _pair(record: dict[str, Any], tokenizer: Tokenizer, bos: bool) -> _Pair:
         )
     if clean == corrupt:
         raise TaskError("clean and corrupt are the same tokens: change what the answer depends on.")
-    right = [_answer(tokenizer, text, answer) for answer in record["right"]]
-    wrong = [_answer(tokenizer, text, answer) for answer in record["wrong"]]
+    right, wrong = (
+        record[key] if in_ids else [_answer(tokenizer, text, answer) for answer in record[key]] for key in ("right", "wrong")
+    )
     for key, tokens in (("right", right), ("wrong", wrong)):
         if len(set(tokens)) < len(tokens):
             raise TaskError(f"names an answer of {key!r} twice: {record[key]!r}. Name each once.")
@@ -190,6 +208,12 @@ def _pair(record: dict[str, Any], tokenizer: Tokenizer, bos: bool) -> _Pair:
     return _Pair(text, clean, corrupt, right, wrong, places)
 
 
+def _check_known(tokenizer: Tokenizer, ids: list[int]) -> None:
+    known = len(tokenizer) if isinstance(tokenizer, Sized) else None
+    if known is not None and max(ids) >= known:
+        raise TaskError(f"has the token {max(ids)}, and the tokenizer has tokens 0 to {known - 1}.")
+
+
 def _answer(tokenizer: Tokenizer, prompt: str, answer: str) -> int:
     """The one token that `answer` adds to the prompt."""
     if prompt != prompt.rstrip():
@@ -198,7 +222,7 @@ def _answer(tokenizer: Tokenizer, prompt: str, answer: str) -> int:
     if prompt[-1].isalpha() and answer[0].isalpha() and _is_one(tokenizer, prompt, before, " " + answer):
         raise TaskError(
             f"the answer {answer!r} would continue the prompt's last word: write {' ' + answer!r}, with a "
-            "space in front. If a suffix is meant, make the Task from token ids."
+            "space in front. If a suffix is meant, give prompts and answers as token ids."
         )
     added = _added(tokenizer, prompt, before, answer)
     if added is None:

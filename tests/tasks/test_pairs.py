@@ -54,6 +54,28 @@ def test_options(read: Read) -> None:
     assert repr(task) == "Task mine: 1 pair of 3 tokens, differ at 1 position, metric accuracy"
 
 
+def test_token_ids_in_the_place_of_texts(read: Read, tokenizer: Any) -> None:
+    word = tokenizer.get_vocab()
+    start, end = tokenizer.bos_token_id, word["a"]
+    ids = {"clean": [start, word["Mary"], word["gave"], end], "corrupt": [start, word["John"], word["gave"], end]}
+    answers = {"right": word["book"], "wrong": [word["ring"], word["drink"]]}
+    places = {"positions": {"who": 1, "end": "a"}}
+    given, written = (
+        read({**ids, **answers, **places}),
+        read({**GOOD, "right": " book", "wrong": [" ring", " drink"], "positions": {"who": "Mary", "end": -1}}),
+    )
+    for name in ("clean", "corrupt", "right", "wrong"):
+        assert getattr(given, name).tolist() == getattr(written, name).tolist()
+    assert {name: where.tolist() for name, where in given.positions.items()} == {"who": [1], "end": [3]}
+    assert given.token_strings == written.token_strings
+    # Both kinds of lines in one file.
+    assert read(GOOD, {**ids, **answers}).clean[0].tolist() == read({**ids, **answers}, GOOD).clean[0].tolist() == ids["clean"]
+    with pytest.raises(TaskError) as caught:
+        read({**ids, "right": len(tokenizer), "wrong": 1})
+    n = len(tokenizer)
+    assert str(caught.value) == f"gifts.jsonl, line 1: has the token {n}, and the tokenizer has tokens 0 to {n - 1}."
+
+
 def test_lines_of_different_length_are_padded_on_the_right(read: Read) -> None:
     task = read(GOOD, {**GOOD, "clean": "Mary gave John a", "corrupt": "Mary gave Mary a"})
     assert task.lengths.tolist() == [4, 5]
@@ -81,8 +103,16 @@ def test_positions_by_text_and_by_number(read: Read) -> None:
         ("[1]", 'is a JSON list, not an object: write {"clean": ..., ...}.'),
         ({**GOOD, "postions": {}}, "has the key 'postions'. Did you mean 'positions'?"),
         ({"clean": "a", "corrupt": "b"}, "has no key 'right': a pair needs clean, corrupt, right, wrong."),
-        ({**GOOD, "clean": 3}, "has 3 for 'clean': it is the prompt as text."),
-        ({**GOOD, "clean": ""}, "has '' for 'clean': it is the prompt as text."),
+        ({**GOOD, "clean": 3}, "has 3 for 'clean': it is the prompt as text, or as token ids."),
+        ({**GOOD, "clean": ""}, "has '' for 'clean': it is the prompt as text, or as token ids."),
+        ({**GOOD, "clean": []}, "has [] for 'clean': it is the prompt as text, or as token ids."),
+        ({**GOOD, "clean": [1, True]}, "has [1, True] for 'clean': it is the prompt as text, or as token ids."),
+        ({**GOOD, "clean": [1, 2]}, "has 'John gave a' for 'corrupt': it is a list of token ids, as clean is."),
+        ({**GOOD, "corrupt": [1, 2]}, "has [1, 2] for 'corrupt': it is the prompt as text, or as token ids."),
+        (
+            {**GOOD, "clean": [1, 2], "corrupt": [1, 3], "right": " book"},
+            "has ' book' for 'right': it is a token id, as in clean, or a list of them.",
+        ),
         ({**GOOD, "wrong": []}, "has [] for 'wrong': it is an answer as text, or a list of them."),
         ({**GOOD, "wrong": [3]}, "has [3] for 'wrong': it is an answer as text, or a list of them."),
         (
@@ -122,7 +152,7 @@ def test_messages_about_the_format_name_the_line(read: Read, line: Any, message:
             {"right": "book"},
             (
                 "the answer 'book' would continue the prompt's last word: write ' book', with a space in "
-                "front. If a suffix is meant, make the Task from token ids."
+                "front. If a suffix is meant, give prompts and answers as token ids."
             ),
         ),
         (
