@@ -146,7 +146,17 @@ def test_discover_takes_a_threshold_or_a_size(setting: Any) -> None:
     assert (said["n"], said["found"]) == (20, len(sized))
     assert said["threshold"] in said["tried"]
     sizes = {tau: len(each) for tau, each in zip(said["tried"], mi.acdc(setting.model, setting.task, said["tried"]), strict=True)}
-    assert abs(len(sized) - 20) == min(abs(size - 20) for size in sizes.values())
+    nearest = min(abs(size - 20) for size in sizes.values())
+    assert abs(len(sized) - 20) == nearest
+    # Of equally near ones the largest threshold; what all sweeps cost, of which the first is of six.
+    assert said["threshold"] == max(tau for tau, size in sizes.items() if abs(size - 20) == nearest)
+    first = [tau for tau in said["tried"] if any(tau == 1e-4 * 5000 ** (i / 5) for i in range(6))]
+    assert len(first) == 6
+    rows = mi.acdc(setting.model, setting.task, first)[0].provenance["rows"]
+    assert (sized.provenance["rows"] > rows) == (len(said["tried"]) > 6)
+    # Each sweep lies between the two of the last one that enclose the size.
+    larger, smaller = (sorted(t for t in first if (sizes[t] > 20) == more) for more in (True, False))
+    assert all(max(larger) <= tau <= min(smaller) for tau in said["tried"] if tau not in first)
 
 
 def test_post_norm_and_parallel_models() -> None:

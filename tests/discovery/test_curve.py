@@ -39,6 +39,21 @@ def test_areas_on_four_points_by_hand() -> None:
     assert "CPR 0.910, CMD 0.310 over edges asked for (top)\n" in repr(curve)
 
 
+def test_over_connected_edges_a_curve_begins_at_none() -> None:
+    curve = by_hand((0.5, 1.0), (40, 100), [0.5, 1.0])
+    assert curve.area("connected") == (pytest.approx(0.4 * 0.25 + 0.6 * 0.75), pytest.approx(0.4 * 0.75 + 0.6 * 0.25))
+    assert curve.area() == (pytest.approx(0.5 * 0.75), pytest.approx(0.5 * 0.25))
+
+
+def test_intervals_draw_prompts_with_their_own_ends() -> None:
+    """Prompts of very different size, all with the same ratio: whichever are drawn, it is that."""
+    clean, empty = torch.tensor([1.0, 10.0, 100.0, 3.0]), torch.tensor([0.0, 2.0, -50.0, 1.0])
+    circuits = torch.stack([empty + 0.3 * (clean - empty), empty])
+    curve = SizeCurve((0.5, 1.0), (50, 100), (50, 100), 100, circuits, clean, empty, (1.0, 1.0), ORIGIN)
+    for ends, expected in zip(zip(*curve.interval(seed=0), strict=True), (0.3, 0.0), strict=True):
+        assert [float(end) for end in ends] == pytest.approx([expected] * 2, abs=1e-5)
+
+
 def test_each_size_is_told_once() -> None:
     curve = by_hand((0.001, 0.002, 0.005, 0.2, 1.0), (0, 0, 0, 20, 100), [0.0, 0.0, 0.0, 0.5, 1.0])
     assert repr(curve).splitlines()[-1] == "  faithfulness by connected edges of 100: 0: 0.000, 20: 0.500, 100: 1.000"

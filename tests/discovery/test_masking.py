@@ -9,7 +9,7 @@ import torch
 
 import mechinterp as mi
 from mechinterp.core.ablation import Ablation
-from mechinterp.discovery.masking import _misses
+from mechinterp.discovery.masking import _misses, _open, _stretched
 from mechinterp.discovery.packing import Packing
 
 
@@ -52,3 +52,12 @@ def test_the_same_seed_gives_the_same_circuit_of_the_size_asked_for() -> None:
     chosen = mi.discover(toy.model, toy.task[:4], threshold=0.9, seed=3, **options)
     assert set(one.edges) <= set(chosen.edges)
     assert all(score is not None and score >= 0.9 for score in chosen.scores.values())
+
+
+def test_the_chance_of_a_gate_is_how_often_it_is_open() -> None:
+    noise = torch.rand(200_000, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
+    logits = noise.log() - (1 - noise).log()
+    for location in (-3.0, -1.0, 0.0, 2.0):
+        gates = _stretched((logits + location) / (2 / 3))
+        assert gates.min() == 0 and gates.max() == 1
+        assert float(_open(torch.tensor(location))) == pytest.approx(float((gates > 0).float().mean()), abs=4e-3)

@@ -42,6 +42,8 @@ def test_minimality_is_running_the_circuit_without_the_edge(one: Any, circuit: m
     some = mi.minimality(circuit, one.model, one.task, sample=4, seed=1)
     known = dict(zip(drops.coords["edge"], drops.values.tolist(), strict=True))
     assert len(some.coords["edge"]) == 4
+    drawn = {mi.minimality(circuit, one.model, one.task, sample=4, seed=seed).coords["edge"] for seed in (1, 2, 3)}
+    assert some.coords["edge"] in drawn and len(drawn) > 1
     assert some.values.tolist() == pytest.approx([known[edge] for edge in some.coords["edge"]], abs=1e-4)
 
 
@@ -59,6 +61,8 @@ def test_incompleteness_is_both_run_without_the_subset(one: Any, circuit: mi.Cir
         both = [share(one, mi.Circuit.from_edges(one.model, edges)) for edges in kept]
         assert (removal.circuit, removal.model) == (pytest.approx(both[0], abs=1e-4), pytest.approx(both[1], abs=1e-4))
         assert removal.gap == abs(removal.circuit - removal.model)
+    # Two runs, and circuit and model without each of the nothing and three sets; twice the same for three candidates.
+    assert found.provenance["forwards"] == (2 + 2 * 4) + 2 * (2 + 2 * 3)
     assert found.removals[0].model == pytest.approx(1.0, abs=1e-4)
     assert found.worst.gap == max(removal.gap for removal in found.removals)
     assert found.mean() == pytest.approx(sum(removal.gap for removal in found.removals[1:4]) / 3)
@@ -78,6 +82,36 @@ def test_the_greedy_search_takes_the_worst_of_its_candidates() -> None:
     half = half | mi.Circuit.from_edges(toy.model, ["embed->logits"])
     broken = mi.completeness(half, toy.model, toy.task, seed=0, unit="edge", subsets=0, steps=1, candidates=9)
     assert broken.removals[0].gap == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_greedy_search_keeps_the_worst_of_its_steps(one: Any, circuit: mi.Circuit) -> None:
+    """All parts are candidates in each step, so that nothing is drawn: by hand, step by step."""
+    full = mi.Circuit.full(one.model)
+    parts = [name for name in circuit.connected().nodes if name not in ("embed", "logits")]
+    taken: list[str] = []
+    gaps: list[float] = []
+    for _ in parts:
+        rest = [name for name in parts if name not in taken]
+        rows = [each.only(e for e in each if not {e.src, e.dst} & {*taken, name}) for name in rest for each in (circuit, full)]
+        runs = mi.run_circuits(one.model, one.task, rows)
+        left = (runs.circuits.mean(1) - runs.corrupt.mean()) / (runs.clean.mean() - runs.corrupt.mean())
+        gap = (left[::2] - left[1::2]).abs()
+        taken.append(rest[int(gap.argmax())])
+        gaps.append(float(gap.max()))
+    found = mi.completeness(circuit, one.model, one.task, seed=0, subsets=0, steps=len(parts), candidates=len(parts))
+    assert len(found.removals) == 2 and found.removals[1].how == "greedy"
+    assert found.removals[1].gap == pytest.approx(max(gaps), abs=1e-4)
+    assert len(found.removals[1].parts) == gaps.index(max(gaps)) + 1 < len(parts)
+
+
+def test_the_share_is_that_of_parts_taken_away(one: Any, circuit: mi.Circuit) -> None:
+    parts = {name for name in circuit.connected().nodes if name not in ("embed", "logits")}
+    sizes = {}
+    for chance in (0.0, 0.2, 1.0):
+        found = mi.completeness(circuit, one.model, one.task, seed=0, subsets=8, share=chance, greedy=0)
+        sizes[chance] = [len(removal.parts) for removal in found.removals if removal.how == "random"]
+    assert sizes[0.0] == [0] * 8 and sizes[1.0] == [len(parts)] * 8
+    assert 0 < sum(sizes[0.2]) / 8 < 0.45 * len(parts)
 
 
 def test_every_edge_of_a_planted_circuit_is_needed() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import mechinterp as mi
-from mechinterp.discovery.choosing import edge_scores
+from mechinterp.discovery.choosing import Search, edge_scores
+from mechinterp.discovery.screening import screen_and_verify
 
 OPTIONS: dict[str, Any] = {"method": "screen-verify", "steps": 2, "selection": "top"}
 
@@ -57,3 +59,47 @@ def test_fewer_runs_than_exact_on_a_sparse_circuit() -> None:
     assert circuit.iou(truth) == 1.0
     assert circuit.provenance["forwards"] < circuit.shape.n_edges / 4
     assert circuit.provenance["screening"]["stop"] == "heuristic"
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_what_is_reported_is_of_the_edges_that_were_measured_and_left(
+    setting: Any, signed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From all estimates and all exact effects, without looking at which edges were measured."""
+    monkeypatch.setattr("mechinterp.discovery.screening._BATCH", 5)
+    model, task = setting.model, setting.task
+    estimate, exact = mi.attribute(model, task, unit="edge", steps=2).values, mi.edge_effects(model, task).values
+    for n in (1, 3):
+        found = screen_and_verify(Search(model=model, task=task, edges=n, steps=2, signed=signed, selection="top"))
+        said, left = found.provenance["screening"], found.values == estimate
+        assert int((~left).sum()) == said["measured"]
+        torch.testing.assert_close(found.values[~left], exact[~left], atol=1e-5, rtol=0)
+        size = estimate if signed else estimate.abs()
+        if said["stop"] == "heuristic":
+            assert said["highest_estimate_left"] == pytest.approx(float(size[left].max()))
+            # Everything that ranks before the last edge taken was measured.
+            mixed = found.values if signed else found.values.abs()
+            best = mixed.argsort(descending=True)[:n]
+            assert not left[best].any()
+        if said["rounds"] == 1:
+            batch = size.argsort(descending=True)[:5]
+            assert set(batch.tolist()) == set((~left).nonzero()[:, 0].tolist())
+            error = (exact - estimate)[batch].abs().max()
+            assert said["largest_error_of_last_batch"] == pytest.approx(float(error), abs=1e-5)
+
+
+def test_the_first_batch_is_the_best_by_the_size_that_is_asked_for(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A threshold of anything is reached at once where nothing that is left can be that large."""
+    monkeypatch.setattr("mechinterp.discovery.screening._BATCH", 5)
+    model, task = setting.model, setting.task
+    estimate, exact = mi.attribute(model, task, unit="edge", steps=2).values, mi.edge_effects(model, task).values
+    for signed in (False, True):
+        found = screen_and_verify(Search(model=model, task=task, threshold=50.0, steps=2, signed=signed))
+        size = estimate if signed else estimate.abs()
+        batch = size.argsort(descending=True)[:5]
+        assert set((found.values != estimate).nonzero()[:, 0].tolist()) == set(batch.tolist())
+        said = found.provenance["screening"]
+        assert (said["rounds"], said["measured"], said["stop"]) == (1, 5, "heuristic")
+        error = (exact - estimate)[batch].abs().max()
+        assert said["largest_error_of_last_batch"] == pytest.approx(float(error), abs=1e-5)
+        assert said["highest_estimate_left"] == pytest.approx(float(size.sort(descending=True).values[5]))
