@@ -1,7 +1,7 @@
 """How long does ACDC take beside auto-circuit's, on the same model, pairs, measure, threshold and order of edges?
 
-auto-circuit needs a transformer_lens of before 3, so that it runs in an environment of its own, as a process that waits while ours
-runs. It visits the edges in an order of its own, which ours is then given: what stays has to be the same.
+auto-circuit needs a transformer_lens of before 3, so that it runs in an environment of its own, as a process that waits while
+ours runs. It visits the edges in an order of its own, which ours is then given: what stays has to be the same.
 
     python -m venv peer && peer/bin/pip install auto-circuit "transformer_lens<3"
     python benchmarks/acdc_peer.py --peer peer/bin/python
@@ -121,7 +121,9 @@ def worker(folder: Path) -> None:
         took = time.perf_counter() - started
         order = sorted(model.edges, key=lambda edge: edge.dest.layer, reverse=True)
         kept = [told(edge) for edge in order if bool(edge.prune_score(scores).isinf())]
-        print("peer " + json.dumps({"seconds": took, "order": [told(edge) for edge in order], "kept": kept}), flush=True)
+        said = {"seconds": took, "order": [told(edge) for edge in order], "kept": kept}
+        sys.stdout.write(f"peer {json.dumps(said)}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
@@ -141,6 +143,6 @@ if __name__ == "__main__":
         from sweeps import keep
 
         found = ours(arguments.peer, arguments.rounds, arguments.layers, arguments.threshold)
-        print(json.dumps(found, indent=1))
+        sys.stdout.write(f"{json.dumps(found, indent=1)}\n")
         if arguments.out:
             keep(arguments.out, f"auto-circuit-{arguments.layers}-layers", found)
