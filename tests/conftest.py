@@ -14,19 +14,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jaxtyping
 
-
-def _checked(function: Any = None, *, jaxtyped: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
-    """As ``jaxtyped``, but functions inside of functions stay as they are.
-
-    Their checks would be compiled again whenever the outer function is called, which took half of the suite's time.
-    """
-    if function is None:
-        return lambda inner: inner if "<locals>" in inner.__qualname__ else jaxtyped(inner, **options)
-    return jaxtyped(function, **options)
-
+from tests.checking import checked
 
 # Before the package is imported by anyone: axis words and types are then checked at every call of every test.
-jaxtyping.jaxtyped = _checked
+jaxtyping.jaxtyped = checked
 jaxtyping.install_import_hook("mechinterp", "beartype.beartype")
 
 import pytest

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from html import escape
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +21,7 @@ from mechinterp.discovery.running import run_circuits
 from mechinterp.errors import MetricError
 from mechinterp.graph import Circuit, check_circuit, check_everywhere, random_pairs
 from mechinterp.graph.certificate import VERSION
+from mechinterp.graph.nodes import counted
 from mechinterp.patching.compare import MetricLike
 from mechinterp.tasks import Task
 
@@ -111,7 +111,7 @@ class Report:
             return "no random circuits beside it"
         low, high = self.random_interval
         mean = f"mean {self.random_mean:.3f} ({low:.3f} to {high:.3f})"
-        return f"{n} random circuits of equal size: {mean}; beaten {self.beats_random}"
+        return f"{counted(n, 'random circuit')} of equal size: {mean}; beaten {self.beats_random}"
 
     @property
     def random_mean(self) -> float:
@@ -119,7 +119,10 @@ class Report:
         return round(sum(self.random_faithfulness) / max(1, len(self.random_faithfulness)), 3) + 0.0
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(repr(self))}</pre>"
+        # Imported here because it reads reports.
+        from mechinterp.discovery.shown import html_of
+
+        return html_of(self)
 
 
 def evaluate(

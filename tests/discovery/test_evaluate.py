@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -248,10 +249,28 @@ def test_the_report_prints_itself(setting: Any, planted: Any) -> None:
         f"Report: <b>bold</b> on {setting.model.name}, 5 prompts, resample ablation",
         "  planted: clean 5.000, corrupt 1.000, circuit 3.000",
         "  faithfulness 0.500 (95% interval 0.500 to 0.500); mean of ratios 0.500",
-        "  1 random circuits of equal size: mean 0.000 (0.000 to 0.000); beaten 1",
+        "  1 random circuit of equal size: mean 0.000 (0.000 to 0.000); beaten 1",
         "  accuracy: model 0.200, circuit 0.400",
         f"  {n} edges, {n} connected, of {n}; {nodes} nodes",
     ]
     assert lines[-1].startswith("  4 forward passes over the prompts, ")
     assert "<b>bold" not in report._repr_html_()
     assert "&lt;b&gt;bold" in report._repr_html_()
+
+
+def test_the_report_in_a_notebook_is_one_element_that_shows_where_circuits_lie() -> None:
+    toy = mi.toys.induction()
+    html = mi.evaluate(toy.truth["resample"], toy.model, toy.task, seed=0)._repr_html_()
+    # Well-formed: an XML parser reads it.
+    page = ElementTree.fromstring(html)
+    named = {row[0].text: row[1].text for row in page.iter("tr") if row[0].tag == "td"}
+    assert named["faithfulness"] == "1.000 (95% interval 1.000 to 1.000)"
+    assert named["5 random circuits"].endswith("beaten 5 of 5")
+    svg = "{http://www.w3.org/2000/svg}"
+    circle, *others = page.iter(f"{svg}circle")
+    nothing, whole, interval = (line for line in page.iter(f"{svg}line"))
+    assert circle.get("cx") == whole.get("x1") == interval.get("x1") == interval.get("x2")
+    assert len(others) == 5
+    assert all(float(nothing.get("x1")) <= float(each.get("cx")) < float(whole.get("x1")) for each in others)
+    alone = mi.evaluate(toy.truth["resample"], toy.model, toy.task, seed=0, random_circuits=0)._repr_html_()
+    assert "random" not in alone
