@@ -53,6 +53,8 @@ Thorough = Annotated[
     ),
 ]
 ThoroughPrompts = Annotated[int, typer.Option(min=1, help="On how many of the prompts, with --thorough.")]
+# What the command line says otherwise.
+GIVEN = ("tokenizer", "n", "seed")
 # Toys whose model was made for (or trained on) repeated words.
 REPEATING = ("induction", "gqa_induction", "trained")
 
@@ -123,13 +125,15 @@ def _task_options(task: str, pairs: Path | None, given: list[str] | None) -> dic
             raise MechInterpError(f"the task {task!r} has no option {name!r}. {did_you_mean(name, known)}")
         words: dict[str, Any] = {"true": True, "false": False}
         read[name] = int(value) if value.isdecimal() else words.get(value, value)
+        if isinstance(read[name], str) and not any(kind in known[name] for kind in ("str", "Literal")):
+            raise MechInterpError(f"--option {each}: {name} is a number, or true or false")
     return read
 
 
-def generator_options(make: Callable[..., Any]) -> tuple[str, ...]:
-    """What a generator can be told in a word or a number."""
-    parameters = signature(make).parameters.values()
-    return tuple(each.name for each in parameters if each.name not in ("n", "seed") and "Sequence" not in each.annotation)[1:]
+def generator_options(make: Callable[..., Any]) -> dict[str, str]:
+    """What a generator can be told in a word or a number, and its type."""
+    kinds = {name: str(each.annotation) for name, each in signature(make).parameters.items() if name not in GIVEN}
+    return {name: kind for name, kind in kinds.items() if "Sequence" not in kind}
 
 
 def _task(
@@ -244,6 +248,15 @@ def _check_folder(folder: Path, task: str, model: str, force: bool) -> None:
         )
 
 
+def _chosen(circuit: Any, method: str, selection: str) -> str:
+    """How edges were chosen, and where it is not as many as were asked for, that."""
+    said = circuit.provenance["selection"]
+    asked = said.get("n", circuit.n_pairs)
+    # ACDC chooses by itself.
+    how = method if said["rule"] == method else f"{method}, {selection}"
+    return how if asked == circuit.n_pairs else f"{how}; {asked} asked for, {circuit.n_pairs} found"
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -326,10 +339,8 @@ def discover(
     roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if story.clear)
     kept = counted(report.connected, "connected edge")
     kept = kept if report.pairs is None else f"{counted(report.pairs, 'pair')} of edge and span on {kept}"
-    rule = circuit.provenance["selection"]
-    asked = "" if rule["n"] == circuit.n_pairs else f", {rule['n']} asked for and {circuit.n_pairs} found"
-    how = method if rule["rule"] == method else f"{method}, {selection}"
-    print(f"circuit        {kept} of {report.all_edges}, {counted(report.nodes, 'node')} ({how}){asked}")
+    how = _chosen(circuit, method, selection)
+    print(f"circuit        {kept} of {report.all_edges}, {counted(report.nodes, 'node')} ({how})")
     found = counted(len(found_on), "prompt")
     print(f"task           {report.task} on {report.model}, {found} to find it, {report.prompts} held out")
     print(f"{report.metric:<14} clean {report.clean:.3f}, corrupt {report.corrupt:.3f}, circuit {report.circuit:.3f}")

@@ -114,7 +114,7 @@ def test_discover_says_where_another_number_was_found_than_asked_for(tmp_path: P
     circuit = mi.Circuit.load(tmp_path)
     selection = circuit.provenance["selection"]
     assert (selection["n"], selection["found"]) == (12, len(circuit)) and len(circuit) < 12
-    assert f" nodes (acdc), 12 asked for and {len(circuit)} found\n" in told
+    assert f" nodes (acdc; 12 asked for, {len(circuit)} found)\n" in told
     assert "asked for" not in found[1].splitlines()[0]
 
 
@@ -131,11 +131,25 @@ def test_options_of_a_task_are_passed_on_and_judged_with(tmp_path: Path) -> None
         assert (fresh.provenance["corruption"], fresh.provenance["repeat"], fresh.provenance["seed"]) == ("value", 4, seed)
 
 
+def test_every_generator_has_its_options() -> None:
+    known = {name: tuple(cli.generator_options(make)) for name, make in mi.tasks.TASKS.items()}
+    assert known == {
+        "ioi": ("corruption", "order", "bos"),
+        "greater_than": ("bos",),
+        "induction": ("length", "repeat", "corruption", "bos"),
+        "agreement": ("bos",),
+        "gender": ("bos",),
+        "docstring": ("corruption", "bos"),
+    }
+    assert cli._task_options("induction", None, ["length=9", "bos=false"]) == {"length": 9, "bos": False}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("ioi", "--option", "ordr=ABBA"), "the task 'ioi' has no option 'ordr'. Did you mean 'order'?"),
         (("ioi", "--option", "names=Mary"), "the task 'ioi' has no option 'names'. There are: corruption, order, bos."),
+        (("ioi", "--option", "bos=maybe"), "--option bos=maybe: bos is a number, or true or false"),
         (("ioi", "--option", "ABBA"), "--option ABBA: write NAME=VALUE, such as order=ABBA"),
         (
             ("toy", "--model", "toy:copy", "--option", "order=ABBA"),
