@@ -9,7 +9,7 @@ import torch
 
 import mechinterp as mi
 from mechinterp.discovery.choosing import Search, edge_scores
-from mechinterp.discovery.screening import screen_and_verify
+from mechinterp.discovery.screening import _settled, screen_and_verify
 
 OPTIONS: dict[str, Any] = {"method": "screen-verify", "steps": 2, "selection": "top"}
 
@@ -103,3 +103,22 @@ def test_the_first_batch_is_the_best_by_the_size_that_is_asked_for(setting: Any,
         error = (exact - estimate)[batch].abs().max()
         assert said["largest_error_of_last_batch"] == pytest.approx(float(error), abs=1e-5)
         assert said["highest_estimate_left"] == pytest.approx(float(size.sort(descending=True).values[5]))
+
+
+def test_it_does_not_stop_before_what_is_taken_was_measured(setting: Any) -> None:
+    """However far what is left lies below."""
+    model = setting.model
+    effects = mi.attribute(model, setting.task, unit="edge", steps=1)
+    edges = [mi.Edge(*label) for label in effects.coords["edge"]]  # type: ignore[misc]
+    search = Search(model=model, task=setting.task, edges=3, selection="top")
+    best = effects.values.abs().argsort(descending=True)
+    measured = torch.ones(len(edges), dtype=torch.bool)
+    assert _settled(search, effects, measured, edges, 0.0)
+    for place, settled in ((0, False), (2, False), (3, True)):
+        some = measured.clone()
+        some[best[place]] = False
+        assert _settled(search, effects, some, edges, 0.0) == settled
+    least = float(effects.values.abs()[best[2]])
+    assert _settled(search, effects, measured, edges, least - 1e-6) and not _settled(
+        search, effects, measured, edges, least + 1e-6
+    )
