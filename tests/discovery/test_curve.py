@@ -11,6 +11,7 @@ import torch
 
 import mechinterp as mi
 from mechinterp.discovery.curve import MIB_FRACTIONS, SizeCurve
+from mechinterp.discovery.faithfulness import interval_of, mean_of_ratios
 from mechinterp.errors import GraphError, MetricError
 
 ORIGIN = {"task": "t", "model": "m", "ablation": "resample", "selection": "top"}
@@ -74,6 +75,18 @@ def test_the_two_means_differ() -> None:
     assert curve.mean_of_ratios.tolist() == pytest.approx([0.0])
 
 
+def test_what_is_undefined_counts_for_nothing() -> None:
+    circuit, clean, empty = (
+        torch.tensor([1.0, 5.0, 0.0, 3.0]),
+        torch.tensor([2.0, 1.0, 1.0, 4.0]),
+        torch.tensor([0.0, 1.0, 1.0, 0.0]),
+    )
+    # 1/2, 4/0 and -1/0 and 3/4.
+    assert mean_of_ratios(circuit, clean, empty) == pytest.approx(0.625)
+    drawn = torch.cat([torch.linspace(0, 1, 101), torch.tensor([torch.nan, torch.inf])])
+    assert interval_of(drawn, 0.9) == (pytest.approx(0.05), pytest.approx(0.95))
+
+
 def mib_of(scores: mi.Effects, setting: Any) -> tuple[list[float], float, float]:
     """The benchmark's own arithmetic: int(share * edges) best by absolute value, pruned, areas over the shares."""
     known = scores.as_dict()
@@ -134,6 +147,26 @@ def test_a_circuit_s_own_scores_reach_so_far(setting: Any) -> None:
         GraphError, match=r"edges were asked for, and only 20 of \d+ have a score; ask for fewer, or give the scores"
     ):
         mi.size_curve(circuit, setting.model, setting.task, edges=[30])
+
+
+def test_a_circuit_of_just_a_share_has_that_size_once(setting: Any) -> None:
+    every = mi.GraphShape.of(setting.model).n_edges
+    circuit = mi.discover(setting.model, setting.task, edges=int(0.2 * every), steps=1, selection="top")
+    curve = mi.size_curve(circuit, setting.model, setting.task)
+    assert curve.asked[-1] == len(circuit) == int(0.2 * every) and curve.asked.count(len(circuit)) == 1
+    assert curve.fractions[-2:] == (0.1, len(circuit) / every)
+
+
+def test_edges_by_value(setting: Any) -> None:
+    scores = mi.attribute(setting.model, setting.task, unit="edge", steps=2)
+    known = {mi.Edge(*edge): score for edge, score in scores.as_dict().items()}  # type: ignore[misc]
+    chosen = [mi.graph.top_edges(setting.model, known, 40, signed=signed) for signed in (False, True)]
+    runs = mi.run_circuits(setting.model, setting.task, chosen).circuits
+    assert (runs[0] - runs[1]).abs().max() > 1e-3
+    for signed, row in zip((False, True), runs, strict=True):
+        curve = mi.size_curve(scores, setting.model, setting.task, edges=[40], signed=signed)
+        torch.testing.assert_close(curve.circuits[0], row, atol=1e-5, rtol=0)
+        assert curve.provenance["selection"] == ("top, signed" if signed else "top")
 
 
 def test_other_ablations_and_metrics(setting: Any) -> None:
