@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from inspect import signature
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from mechinterp.asking import REPEATING, check_names, generator_options, task_of, task_options
 from mechinterp.errors import MechInterpError, did_you_mean
 from mechinterp.graph.nodes import counted
 
@@ -53,10 +52,6 @@ Thorough = Annotated[
     ),
 ]
 ThoroughPrompts = Annotated[int, typer.Option(min=1, help="On how many of the prompts, with --thorough.")]
-# What the command line says otherwise.
-GIVEN = ("tokenizer", "n", "seed")
-# Toys whose model was made for (or trained on) repeated words.
-REPEATING = ("induction", "gqa_induction", "trained")
 
 
 def _version(asked: bool | None) -> bool:
@@ -83,97 +78,6 @@ def common(
 # --- prompts
 
 
-def _check_names(model: str, task: str, pairs: Path | None, metric: str | None) -> None:
-    """Refuse what can be seen to be wrong before a model is loaded."""
-    from mechinterp.tasks import resolve_task
-    from mechinterp.tasks.metrics import check_metric_name
-
-    if metric is not None:
-        check_metric_name(metric)
-    if pairs is not None:
-        if not pairs.is_file():
-            raise MechInterpError(f"there is no file of pairs {pairs}; give JSON lines, see `mechinterp tasks`")
-        return
-    name = model.removeprefix("toy:")
-    if task == "toy":
-        if name == model:
-            raise MechInterpError(f"the task 'toy' belongs to the toys, and {model} is none; see `mechinterp tasks`")
-        return
-    made = resolve_task(task)
-    from mechinterp.toys import NAMES
-
-    if name != model and name in NAMES and not (made.__name__ == "induction" and name in REPEATING):
-        fits = "'induction' or 'toy'" if name in REPEATING else "'toy'"
-        raise MechInterpError(f"{model} cannot do the task {task!r}: it was made for {fits}, its own")
-
-
-def _task_options(task: str, pairs: Path | None, given: list[str] | None) -> dict[str, Any]:
-    """What ``--option NAME=VALUE`` says, as the generator takes it."""
-    from mechinterp import tasks
-
-    if not given:
-        return {}
-    if pairs is not None or task == "toy":
-        raise MechInterpError(f"--option {given[0]} is of a named task, and these prompts are pairs of their own; leave it out")
-    known = generator_options(tasks.resolve_task(task))
-    read: dict[str, Any] = {}
-    for each in given:
-        name, equals, value = each.partition("=")
-        if not equals:
-            raise MechInterpError(f"--option {each}: write NAME=VALUE, such as order=ABBA")
-        if name not in known:
-            raise MechInterpError(f"the task {task!r} has no option {name!r}. {did_you_mean(name, known)}")
-        words: dict[str, Any] = {"true": True, "false": False}
-        read[name] = int(value) if value.isdecimal() else words.get(value, value)
-        if isinstance(read[name], str) and not any(kind in known[name] for kind in ("str", "Literal")):
-            raise MechInterpError(f"--option {each}: {name} is a number, or true or false")
-    return read
-
-
-def generator_options(make: Callable[..., Any]) -> dict[str, str]:
-    """What a generator can be told in a word or a number, and its type."""
-    kinds = {name: str(each.annotation) for name, each in signature(make).parameters.items() if name not in GIVEN}
-    return {name: kind for name, kind in kinds.items() if "Sequence" not in kind}
-
-
-def _task(
-    model: Any, name: str, pairs: Path | None, n: int | None, seed: int, *, usual: int, options: Mapping[str, Any] | None = None
-) -> Any:
-    """The prompts of a command: pairs from a file, a toy's own task, or a named one."""
-    from mechinterp import tasks
-
-    options = options or {}
-    if pairs is not None:
-        task = tasks.Task.from_jsonl(pairs, _tokenizer(model), name=name)
-        task = replace(task, provenance={**task.provenance, "path": str(pairs)})
-        return task if n is None else task.sample(n, seed=seed)
-    if name == "toy":
-        return _own_task(model.name.removeprefix("toy:"), n, seed, usual=usual)
-    make = tasks.resolve_task(name)
-    n = usual if n is None else n
-    if make is tasks.induction:
-        return make(model.tokenizer or model.cfg.d_vocab, n=n, seed=seed, **options)
-    return make(_tokenizer(model), n=n, seed=seed, **options)
-
-
-def _own_task(toy: str, n: int | None, seed: int, *, usual: int) -> Any:
-    """The task that a toy was made for; of one that draws nothing, a sample."""
-    from mechinterp import toys
-
-    make = toys.maker(toy)
-    if "n" in signature(make).parameters:
-        return make(n=usual if n is None else n, seed=seed).task
-    return make().task if n is None else make().task.sample(n, seed=seed)
-
-
-def _tokenizer(model: Any) -> Any:
-    if model.tokenizer is None:
-        raise MechInterpError(
-            f"{model.name} has no tokenizer, which this task needs; use --model smollm2, or the task 'induction'"
-        )
-    return model.tokenizer
-
-
 def _fresh(circuit: Any, model: Any, name: str | None, pairs: Path | None, n: int | None, seed: int) -> Any:
     """Prompts to judge a circuit on: never those that found it."""
     from mechinterp.tasks import resolve_task
@@ -186,13 +90,13 @@ def _fresh(circuit: Any, model: Any, name: str | None, pairs: Path | None, n: in
         if not pairs.is_file():
             raise MechInterpError(f"the circuit was found on pairs of {pairs}, which is not here; pass --pairs FILE")
     if pairs is not None:
-        whole = _task(model, name or origin.get("task", pairs.stem), pairs, None, seed, usual=0)
+        whole = task_of(model, name or origin.get("task", pairs.stem), pairs, None, seed=seed, usual=0)
         if whole.provenance["sha256"] == made.get("sha256"):
             whole = _other_side(whole, origin)
         return whole if n is None else whole.sample(n, seed=seed)
     own = same and made.get("generator") == "toys"
     if own and "seed" not in made:
-        whole = _other_side(_task(model, "toy", None, None, seed, usual=0), origin)
+        whole = _other_side(task_of(model, "toy", None, None, seed=seed, usual=0), origin)
         return whole if n is None else whole.sample(n, seed=seed)
     if same and seed == made.get("seed"):
         raise MechInterpError(
@@ -201,7 +105,7 @@ def _fresh(circuit: Any, model: Any, name: str | None, pairs: Path | None, n: in
         )
     source = "toy" if own else name or origin["task"]
     options = {key: made[key] for key in generator_options(resolve_task(source)) if key in made} if same and not own else {}
-    return _task(model, source, None, n, seed, usual=32, options=options)
+    return task_of(model, source, None, n, seed=seed, usual=32, options=options)
 
 
 def _other_side(whole: Any, origin: Mapping[str, Any]) -> Any:
@@ -304,13 +208,13 @@ def discover(
     check_choices(method, selection)
     if positions and thorough:
         raise MechInterpError("--thorough knows edges at all positions alone; leave out --positions, or --thorough")
-    _check_names(model, task, pairs, metric)
-    options = _task_options(task, pairs, option)
+    check_names(model, task, pairs, metric)
+    options = task_options(task, pairs, option)
     if metric is not None:
         check_method(method, mi.tasks.METRICS[metric], steps=steps)
     _say(f"loading {model}")
     loaded = mi.load(model)
-    prompts = _task(loaded, task, pairs, n, seed, usual=64, options=options)
+    prompts = task_of(loaded, task, pairs, n, seed=seed, usual=64, options=options)
     folder = out or Path("circuits") / f"{prompts.name}-{loaded.name}".replace(":", "-").replace("/", "-")
     _check_folder(folder, prompts.name, loaded.name, force)
     found_on, held_out = prompts.split(seed=seed)
@@ -390,7 +294,7 @@ def evaluate(
     if not isinstance(source, str) or not isinstance(name, str):
         raise MechInterpError(f"{file} does not say its model and task; pass --model and --task")
     if task is not None or metric is not None or pairs is not None:
-        _check_names(source, task or "induction", pairs, metric)
+        check_names(source, task or "induction", pairs, metric)
     made = origin.get("task_provenance", {})
     first = made.get("seed", made.get("split_seed", 0))
     seed = first + 1 if seed is None else seed
@@ -470,10 +374,10 @@ def patch(
 
     if out is not None and out.suffix not in PLOTS:
         raise MechInterpError(f"{out} does not end like a plot that can be drawn. {did_you_mean(out.suffix, PLOTS)}")
-    _check_names(model, task, pairs, metric)
-    options = _task_options(task, pairs, option)
+    check_names(model, task, pairs, metric)
+    options = task_options(task, pairs, option)
     loaded = mi.load(model)
-    prompts = _task(loaded, task, pairs, n, seed, usual=8, options=options)
+    prompts = task_of(loaded, task, pairs, n, seed=seed, usual=8, options=options)
     effects = mi.patch(loaded, prompts, at, metric=metric, direction=direction, progress=True)
     print(f"{effects.quantity}; clean {effects.baseline['clean']:.3f}, corrupt {effects.baseline['corrupt']:.3f}")
     for name, value in effects.top(top):
@@ -512,7 +416,7 @@ def _abilities(source: str, n: int, seed: int) -> Iterator[str]:
     yield "| --- | ---: | ---: | --- | ---: | ---: | --- | ---: | ---: |"
     for name in fitting(source):
         try:
-            found = mi.check_task(loaded, _task(loaded, name, None, None if name == "toy" else n, seed, usual=n))
+            found = mi.check_task(loaded, task_of(loaded, name, None, None if name == "toy" else n, seed=seed, usual=n))
         except TaskError as error:
             yield f"| {name} | | | {error} | | | | | |"
             continue

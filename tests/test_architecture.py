@@ -27,6 +27,7 @@ LAYERS = {
     "patching": 2,
     "discovery": 3,
     "toys": 4,
+    "asking": 4,
     "verifying": 4,
     "zoo": 4,
     "cli": 4,

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import mechinterp as mi
-from mechinterp import cli
+from mechinterp import asking, cli
 
 COMMANDS = ("discover", "evaluate", "verify", "draw", "patch", "tasks", "models")
 
@@ -132,7 +132,7 @@ def test_options_of_a_task_are_passed_on_and_judged_with(tmp_path: Path) -> None
 
 
 def test_every_generator_has_its_options() -> None:
-    known = {name: tuple(cli.generator_options(make)) for name, make in mi.tasks.TASKS.items()}
+    known = {name: tuple(asking.generator_options(make)) for name, make in mi.tasks.TASKS.items()}
     assert known == {
         "ioi": ("corruption", "order", "bos"),
         "greater_than": ("bos",),
@@ -141,7 +141,7 @@ def test_every_generator_has_its_options() -> None:
         "gender": ("bos",),
         "docstring": ("corruption", "bos"),
     }
-    assert cli._task_options("induction", None, ["length=9", "bos=false"]) == {"length": 9, "bos": False}
+    assert asking.task_options("induction", None, ["length=9", "bos=false"]) == {"length": 9, "bos": False}
 
 
 @pytest.mark.parametrize(
