@@ -44,7 +44,7 @@ def _switched(function: Any) -> Any:
         for name, hint in function.__annotations__.items():
             with contextlib.suppress(Exception):
                 alone = SimpleNamespace(__annotations__={name: hint})
-                known |= typing.get_type_hints(alone, function.__globals__)
+                known |= typing.get_type_hints(alone, function.__globals__, include_extras=True)
         function.__annotations__ = known
         return beartype(function)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,10 @@ def test_every_number_by_hand(one: Any, circuit: mi.Circuit) -> None:
     raw = [found.equivalence.p_differ, found.independence.p, float(found.edge_adjusted.min())]
     assert found.p_values["equivalence"] >= raw[0]
     assert min(found.p_values.values()) == pytest.approx(min(1.0, 3 * min(raw)))
+    # Needless is what is left of the edges' own p after the correction.
+    level = sorted(found.edge_p.tolist())[0] * 1.01
+    assert replace(found, level=level).needless == ()
+    assert len(replace(found, level=level, edge_adjusted=found.edge_p).needless) >= 1
     plain = found.to_json()
     assert json.loads(json.dumps(plain)) == plain
     again = mi.check_hypotheses(circuit, one.model, one.task, seed=3, inflated=6, quantile=0.7, permutations=50)

@@ -41,6 +41,8 @@ def test_what_is_missing_is_never_found() -> None:
         "Recovery: precision 0.500, recall 0.500, AUROC 0.500; 1 edge right, 1 missed (a0.h0->logits), 1 extra (embed->logits)"
     )
     assert some.to_json()["missed"] == ["a0.h0->logits"]
+    more = mi.compare_to_known(mi.Circuit(SHAPE, dict.fromkeys([V, OUT, DIRECT, Q], 1.0)), TRUTH)
+    assert (more.precision, more.recall, more.iou) == (0.5, 1.0, 0.5)
 
 
 def test_beside_scikit_learn() -> None:
