@@ -1,7 +1,8 @@
 """The networkx island: circuits are made, read, compared and drawn here, without torch or a model."""
 
 from mechinterp.graph.certificate import Certificate
-from mechinterp.graph.circuit import Circuit, check_circuit, check_everywhere
+from mechinterp.graph.checks import check_circuit, check_everywhere
+from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.draw import Diagram, draw
 from mechinterp.graph.graph import computation_graph, connected_edges_of, scored_edges
 from mechinterp.graph.mib import load_mib, save_mib
