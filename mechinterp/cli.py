@@ -227,6 +227,11 @@ def discover(
     positions: Annotated[
         bool, typer.Option("--positions", help="Choose edges at each span of the prompts; --edges counts pairs of edge and span.")
     ] = False,
+    unit: Annotated[
+        Literal["edge", "node", "neuron"],
+        typer.Option(help="What is chosen: edges, or heads and MLPs (neuron: single neurons), with all edges among them."),
+    ] = "edge",
+    nodes: Annotated[int | None, typer.Option(min=1, help="How many to keep, with --unit node or neuron.")] = None,
     n: Annotated[
         int | None,
         typer.Option(min=2, help="How many pairs: half find the circuit, half judge it. Default: 64; all of --pairs."),
@@ -250,6 +255,8 @@ def discover(
     check_choices(method, selection)
     if positions and thorough:
         raise MechInterpError("--thorough knows edges at all positions alone; leave out --positions, or --thorough")
+    if unit == "neuron" and thorough:
+        raise MechInterpError("--thorough knows whole MLPs alone; leave out --unit neuron, or --thorough")
     _check_names(model, task, pairs, metric)
     if metric is not None:
         check_method(method, mi.tasks.METRICS[metric], steps=steps)
@@ -263,7 +270,9 @@ def discover(
     search = Search(
         model=loaded,
         task=found_on,
+        unit=unit,
         edges=edges,
+        nodes=nodes,
         selection=selection,
         steps=steps,
         metric=metric,
@@ -274,7 +283,7 @@ def discover(
     circuit, scores = find(search, method)
     judged: dict[str, Any] = {"random_circuits": random_circuits, "metric": metric, "seed": seed, "progress": True}
     judged |= {"thorough": thorough, "thorough_prompts": thorough_prompts}
-    judged["scores"] = scores if thorough else None
+    judged["scores"] = scores if thorough and unit == "edge" else None
     report = mi.evaluate(circuit, loaded, held_out, **judged)
     stories = mi.describe(circuit, loaded, found_on, heads=heads)
     command = ["mechinterp", *sys.argv[1:]]
@@ -284,6 +293,7 @@ def discover(
     roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if story.clear)
     kept = counted(report.connected, "connected edge")
     kept = kept if report.pairs is None else f"{counted(report.pairs, 'pair')} of edge and span on {kept}"
+    kept = kept if report.neurons is None else f"{counted(report.neurons, 'neuron')} in the place of whole MLPs, {kept}"
     print(f"circuit        {kept} of {report.all_edges}, {counted(report.nodes, 'node')} ({method}, {selection})")
     found = counted(len(found_on), "prompt")
     print(f"task           {report.task} on {report.model}, {found} to find it, {report.prompts} held out")

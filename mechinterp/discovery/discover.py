@@ -87,7 +87,9 @@ def _check(search: Search, method: str) -> None:
 def _check_positions(search: Search, method: str) -> None:
     """Refuse what has no spans."""
     if search.unit != "edge":
-        raise GraphError(f"positions=True chooses edges at spans of the prompts; leave out unit={search.unit!r}, or positions=True")
+        raise GraphError(
+            f"positions=True chooses edges at spans of the prompts; leave out unit={search.unit!r}, or positions=True"
+        )
     if not METHODS[method].spans:
         able = ", ".join(repr(name) for name, each in METHODS.items() if each.spans)
         raise GraphError(f"the method {method!r} scores edges at all positions together; for positions=True there are {able}")
@@ -169,8 +171,8 @@ def discover(
         With the score of each edge, and in its provenance the task, method, selection, seed, versions and cost.
         ``provenance["selection"]`` says how edges were chosen: ``rule``, ``signed``, ``n`` (how many were asked for) or
         ``threshold``, and for ``"connected"`` how many of the best-ranked edges were ``taken`` until n of them connect; with
-        ``unit="node"`` or ``"neuron"`` the ``nodes`` taken (``a0.h1``, ``m3``, ``m3.n12``), best first, and ``node_scores``. With ``positions=True`` the circuit has ``spans``, and
-        ``provenance["spans"]`` names those that there were.
+        ``unit="node"`` or ``"neuron"`` the ``nodes`` taken best first, and ``node_scores``. With
+        ``positions=True`` the circuit has ``spans``, and ``provenance["spans"]`` names those that there were.
 
     Raises
     ------

@@ -157,7 +157,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             noise_only=True,
             drawn=True,
         ),
-        "exact": Method("every edge (or node, or neuron) changed alone and measured; less than half a forward each", exact, spans=True),
+        "exact": Method("every edge (node, neuron) changed alone and measured; less than half a forward each", exact, spans=True),
         "acdc": Method(
             "removes edges one after another, from the logits back, where the metric moves by less than the threshold",
             acdc_of_size,

@@ -145,9 +145,7 @@ class Pack:
         """The metric ``[circuit batch]`` of answer logits ``[circuit batch vocab]``."""
         return torch.stack([self.runs.measure(each) for each in answers])
 
-    def answers(
-        self, outside: Tensor, *, first: int = 0, grad: bool = False, kept: Mapping[int, Tensor] | None = None
-    ) -> Tensor:
+    def answers(self, outside: Tensor, *, first: int = 0, grad: bool = False, kept: Mapping[int, Tensor] | None = None) -> Tensor:
         """Answer logits ``[circuit batch vocab]`` of several circuits as rows of one forward pass.
 
         Parameters

@@ -79,10 +79,11 @@ def report_markdown(
         f"| faithfulness, ratio of means | {report.faithfulness:.3f} ({low:.3f} to {high:.3f}) |",
         f"| faithfulness, mean of ratios | {report.mean_of_ratios:.3f} |",
         *rivals,
-        f"| {'edges' if report.pairs is None else 'pairs of edge and span'} asked for | {_asked(circuit, report)} |",
+        f"| {_asked_what(circuit, report)} asked for | {_asked(circuit, report)} |",
         f"| edges kept, connected | {report.edges}, {report.connected} |",
         *([] if report.pairs is None else [f"| pairs of edge and span, connected | {report.pairs} |"]),
         f"| nodes | {report.nodes} |",
+        *([] if report.neurons is None else [f"| neurons, of {_counted_mlps(circuit)} | {report.neurons} |"]),
         f"| ablation | {report.ablation}: every edge outside carries {_carried(report)} |",
         "",
         f"Faithfulness is {_ratio(report)}, unclamped. Above 1 the circuit lacks parts that work against "
@@ -105,7 +106,12 @@ def report_markdown(
 
 
 def _at_spans(report: Report) -> str:
-    return "" if report.pairs is None else f", at some spans of the prompts ({counted(report.pairs, 'pair')} of edge and span),"
+    at = "" if report.pairs is None else f", at some spans of the prompts ({counted(report.pairs, 'pair')} of edge and span),"
+    return at + ("" if report.neurons is None else f", with {counted(report.neurons, 'neuron')} in the place of whole MLPs,")
+
+
+def _counted_mlps(circuit: Circuit) -> str:
+    return counted(len(circuit.connected().neurons), "MLP")
 
 
 def _chance(report: Report) -> tuple[str, list[str]]:
@@ -118,7 +124,8 @@ def _chance(report: Report) -> tuple[str, list[str]]:
         f"| {counted(len(values), 'random circuit')} of equal size | mean {mean:.3f} ({interval[0]:.3f} to {interval[1]:.3f}); "
         f"{report.beats_random} of {len(values)} beaten |"
     )
-    return f" Random circuits of the same size, of about the same kinds of edges, carry {_percent(mean)}.", [row]
+    kinds = "of about the same kinds of edges" if report.neurons is None else "of as many heads, MLPs and neurons"
+    return f" Random circuits of the same size, {kinds}, carry {_percent(mean)}.", [row]
 
 
 def _carried(report: Report) -> str:
@@ -143,7 +150,13 @@ def _asked(circuit: Circuit, report: Report) -> str:
     selection = circuit.provenance.get("selection", {})
     taken = f", found among the best {selection['taken']}" if "taken" in selection else ""
     rule = f" ({selection['rule']}{taken})" if "rule" in selection else ""
-    return f"{selection.get('n', report.edges)}{rule}"
+    return f"{selection.get('n_nodes', selection.get('n', report.edges))}{rule}"
+
+
+def _asked_what(circuit: Circuit, report: Report) -> str:
+    if "n_nodes" in circuit.provenance.get("selection", {}):
+        return "heads and neurons" if circuit.provenance.get("unit") == "neuron" else "heads and MLPs"
+    return "edges" if report.pairs is None else "pairs of edge and span"
 
 
 def _paragraph(helping: Sequence[HeadStory], against: Sequence[HeadStory]) -> list[str]:

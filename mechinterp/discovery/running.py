@@ -98,11 +98,11 @@ def run_circuits(
     Of an edge that a circuit holds at some spans alone, v hears ablated_u at the positions of all others. The position is that at
     which v reads, which is the one that u writes at: attention moves between positions inside of a head, not on its edges.
 
-    An MLP of which a circuit keeps some neurons computes them from what it reads, as ever. Then those left out are ablated, at all
-    positions: the vector that its output projection reads (``mlp_post``) has in these coordinates the ablated value of that vector
-    (under "resample" the corrupt run's). What it writes, current_u, is what the projection, its bias and a norm behind it make of
-    this; where an edge of it is outside the circuit, ablated_u is that of the whole MLP. With all neurons kept that is the MLP;
-    with none, under "resample" and "zero" (but for the bias), one that is ablated.
+    An MLP of which a circuit keeps some neurons computes them from what it reads, as ever. Then those left out are ablated at all
+    positions: the vector that its output projection reads (``mlp_post``) has in these coordinates the ablated value of that
+    vector (under "resample" the corrupt run's). What the MLP writes, current_u, is what the projection, its bias and a norm
+    after it make of this; on its edges outside the circuit ablated_u is that of the whole MLP. An MLP that keeps all of its
+    neurons is the MLP; one that keeps none writes ablated_u under "resample".
 
     Parameters
     ----------
@@ -110,8 +110,8 @@ def run_circuits(
         Circuits of this model's graph, or one.
     ablation
         What u's edges outside the circuit carry: an `Ablation`, or the name of one that draws nothing. A writer is a head, an
-        MLP or the embedding (token and position together), and so are the neurons of an MLP that loses some. Means and fits are taken over the whole task, or over the
-        ablation's own ``reference``.
+        MLP or the embedding (token and position together); the neurons of a layer are ablated as one. Means and fits are taken
+        over the whole task, or over the ablation's own ``reference``.
     metric
         As in `mechinterp.patch`.
     also

@@ -7,7 +7,7 @@ from mechinterp.graph.draw import Diagram, draw
 from mechinterp.graph.graph import computation_graph, connected_edges_of, scored_edges
 from mechinterp.graph.mib import load_mib, save_mib
 from mechinterp.graph.nodes import Edge, GraphShape, Node, edges_called, parse_node
-from mechinterp.graph.pairs import best_pairs, random_pairs
+from mechinterp.graph.pairs import best_pairs, random_neurons, random_pairs
 from mechinterp.graph.select import connected_edges, greedy_edges, random_edges, threshold_edges, top_edges
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "load_mib",
     "parse_node",
     "random_edges",
+    "random_neurons",
     "random_pairs",
     "save_mib",
     "scored_edges",

@@ -266,7 +266,7 @@ class Circuit:
     # --- comparing
 
     def __or__(self, other: Circuit) -> Circuit:
-        """Edges of either, each at the spans of either, and the neurons of either; where both have a score, the left one's."""
+        """Edges of either, each at the spans of either, and the neurons of either; of two scores the left one's."""
         self._check_same_shape(other)
         # What carries everywhere in one of them does so in both together, and what is whole in one of them is whole.
         spans = of_either(self.spans, other.spans, self.scores, other.scores)
@@ -314,7 +314,7 @@ class Circuit:
         Raises
         ------
         GraphError
-            An edge is everywhere in one and at some spans in the other, or an MLP whole in one and with some neurons in the other.
+            An edge is everywhere in one and at some spans in the other, or an MLP is whole in one and not in the other.
         """
         self._check_same_shape(other)
         self._check_same_grain(other)

@@ -78,10 +78,10 @@ def as_neurons(neurons: object, shape: GraphShape, touched: Collection[str]) -> 
             given.setdefault(found[0], {})[found[1]] = None
         given = {mlp: dict(sorted(kept.items())) for mlp, kept in given.items()}
     else:
-        raise GraphError(f"neurons is a {type(neurons).__name__}. Give a mapping of MLPs to their neurons, or names such as m3.n12.")
+        raise GraphError(f"neurons is a {type(neurons).__name__}. Give a mapping of MLPs to their neurons, or names like m3.n12.")
     for mlp in given:
         if mlp not in touched:
-            raise GraphError(f"There are neurons of {mlp}, which no edge of the circuit touches. Add its edges, or leave them out.")
+            raise GraphError(f"There are neurons of {mlp}, which no edge of the circuit has. Add edges of it, or leave it out.")
     ordered = sorted(given, key=lambda mlp: parse_node(mlp).layer or 0)
     return {mlp: MappingProxyType(given[mlp]) for mlp in ordered}
 
@@ -114,7 +114,7 @@ def check_same_neurons(left: Neurons, right: Neurons, shared: Collection[str], *
             )
 
 
-# --- what two circuits share: of the spans of edges, and of the neurons of MLPs. What has no parts of its own here has all of them.
+# --- what two circuits share of the spans of edges, and of the neurons of MLPs; what is not in a mapping has all of its parts
 
 
 def of_either(
