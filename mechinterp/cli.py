@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mechinterp.errors import MechInterpError, did_you_mean
-from mechinterp.graph.nodes import counted
 
 __all__ = ["main"]
 
@@ -249,7 +248,7 @@ def discover(
     import mechinterp as mi
     from mechinterp.discovery.choosing import Search
     from mechinterp.discovery.discover import check_choices, check_method, find
-    from mechinterp.discovery.report import save_all
+    from mechinterp.discovery.report import save_all, summary
 
     started = time.perf_counter()
     check_choices(method, selection)
@@ -288,23 +287,7 @@ def discover(
     stories = mi.describe(circuit, loaded, found_on, heads=heads)
     command = ["mechinterp", *sys.argv[1:]]
     paths = save_all(folder, circuit, report, stories, command=command, seconds=time.perf_counter() - started)
-    low, high = report.faithfulness_interval
-    rivals = f", random circuits {report.random_mean:.3f}" if report.random_faithfulness else ""
-    roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if story.clear)
-    kept = counted(report.connected, "connected edge")
-    kept = kept if report.pairs is None else f"{counted(report.pairs, 'pair')} of edge and span on {kept}"
-    kept = kept if report.neurons is None else f"{counted(report.neurons, 'neuron')} in the place of whole MLPs, {kept}"
-    print(f"circuit        {kept} of {report.all_edges}, {counted(report.nodes, 'node')} ({method}, {selection})")
-    found = counted(len(found_on), "prompt")
-    print(f"task           {report.task} on {report.model}, {found} to find it, {report.prompts} held out")
-    print(f"{report.metric:<14} clean {report.clean:.3f}, corrupt {report.corrupt:.3f}, circuit {report.circuit:.3f}")
-    print(f"accuracy       model {report.model_accuracy:.3f}, circuit {report.circuit_accuracy:.3f}")
-    print(f"faithfulness   {report.faithfulness:.3f} ({low:.3f} to {high:.3f}){rivals}")
-    print(f"heads          {roles or 'none with a clear effect'}")
-    print(
-        f"cost           {circuit.provenance['forwards'] + report.forwards} forward, "
-        f"{circuit.provenance['backwards']} backward passes"
-    )
+    print(summary(circuit, report, stories, f"{method}, {selection if unit == 'edge' else f'{unit}s'}"))
     print(f"time           {time.perf_counter() - started:.0f} s")
     print(f"report         {paths[-1]}")
     print(f"diagrams       {paths[1]}, {paths[2]}")

@@ -106,7 +106,9 @@ def test_circuits_of_neurons(tmp_path: Path) -> None:
     told = call("discover", "toy", "--model", "toy:memory", "--unit", "neuron", "--nodes", 14, "--out", tmp_path)
     circuit = mi.Circuit.load(tmp_path)
     assert circuit.n_neurons == 12 and set(circuit.heads()) == {"a0.h1", "a0.h2"}
-    assert re.match(r"circuit +12 neurons in the place of whole MLPs, 18 connected edges of 110, 6 nodes \(eap-ig", told)
+    assert re.match(
+        r"circuit +12 neurons in the place of whole MLPs, 18 connected edges of 110, 6 nodes \(eap-ig, neurons\)", told
+    )
     report = (tmp_path / "report.md").read_text()
     assert "18 of 110 edges, with 12 neurons in the place of whole MLPs, carry" in report
     assert "| heads and neurons asked for | 14 (edges among nodes) |" in report and "| neurons, of 2 MLPs | 12 |" in report

@@ -14,7 +14,7 @@ from mechinterp.discovery.further import told as further
 from mechinterp.graph import Circuit, draw
 from mechinterp.graph.nodes import counted
 
-__all__ = ["report_markdown", "save_all"]
+__all__ = ["report_markdown", "save_all", "summary"]
 
 
 def report_markdown(
@@ -198,6 +198,29 @@ def _row(story: HeadStory) -> str:
         story.role,
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def summary(circuit: Circuit, report: Report, stories: Sequence[HeadStory], how: str) -> str:
+    """The report in seven lines, for a terminal; ``how`` are the words for method and selection."""
+    low, high = report.faithfulness_interval
+    rivals = f", random circuits {report.random_mean:.3f}" if report.random_faithfulness else ""
+    roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if story.clear)
+    kept = counted(report.connected, "connected edge")
+    kept = kept if report.pairs is None else f"{counted(report.pairs, 'pair')} of edge and span on {kept}"
+    kept = kept if report.neurons is None else f"{counted(report.neurons, 'neuron')} in the place of whole MLPs, {kept}"
+    origin = circuit.provenance
+    found = counted(origin["prompts"], "prompt")
+    return "\n".join(
+        [
+            f"circuit        {kept} of {report.all_edges}, {counted(report.nodes, 'node')} ({how})",
+            f"task           {report.task} on {report.model}, {found} to find it, {report.prompts} held out",
+            f"{report.metric:<14} clean {report.clean:.3f}, corrupt {report.corrupt:.3f}, circuit {report.circuit:.3f}",
+            f"accuracy       model {report.model_accuracy:.3f}, circuit {report.circuit_accuracy:.3f}",
+            f"faithfulness   {report.faithfulness:.3f} ({low:.3f} to {high:.3f}){rivals}",
+            f"heads          {roles or 'none with a clear effect'}",
+            f"cost           {origin['forwards'] + report.forwards} forward, {origin['backwards']} backward passes",
+        ]
+    )
 
 
 def save_all(
