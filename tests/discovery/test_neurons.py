@@ -14,6 +14,7 @@ from torch import Tensor
 
 import mechinterp as mi
 from mechinterp.discovery.choosing import node_scores
+from mechinterp.discovery.discover import score_again
 from mechinterp.discovery.methods import METHODS
 from mechinterp.errors import GraphError, MechInterpError
 from mechinterp.graph import scored_edges
@@ -184,12 +185,19 @@ def test_edges_cut_and_neurons_left_out_equal_a_brute_force(setting: Any, share:
 
 
 def test_circuits_without_neurons_run_as_they_did(setting: Any) -> None:
-    """Beside others: the very same bits, and nothing done to their neurons."""
+    """Beside others: the very same bits, in a pass of their own in which nothing is done to neurons."""
     model, task = setting.model, setting.task
     plain = [mi.Circuit.from_edges(model, scored_edges(model)[seed::3]) for seed in range(3)]
     some = drawn(model, scored_edges(model), 0.5, 0)
     together = mi.run_circuits(model, task, [plain[0], some, *plain[1:]]).circuits[[0, 2, 3]]
     assert torch.equal(together, mi.run_circuits(model, task, plain).circuits)
+    rows: list[int] = []
+    handle = model.block(0).register_forward_hook(lambda module, args, output: rows.append(output.numel()))
+    try:
+        mi.run_circuits(model, task, [plain[0], some, *plain[1:]])
+    finally:
+        handle.remove()
+    assert [count // rows[0] for count in rows] == [1, 1, 3, 1]
 
 
 # -- scores
@@ -315,9 +323,16 @@ def test_taking_edges_away_keeps_the_neurons(setting: Any) -> None:
     circuit = drawn(model, scored_edges(model), 0.5, 0)
     drops = mi.minimality(circuit, model, task, sample=3, seed=0)
     edges = [mi.Edge(*label) for label in drops.coords["edge"]]  # type: ignore[misc]
-    runs = mi.run_circuits(model, task, [circuit, *(circuit.only(e for e in circuit if e != edge) for edge in edges)])
+    less = [mi.Circuit(circuit.shape, dict.fromkeys(set(circuit) - {edge}), neurons=circuit.neurons) for edge in edges]
+    runs = mi.run_circuits(model, task, [circuit, *less])
     gap = (runs.clean - runs.empty).mean()
     torch.testing.assert_close(drops.per_example, (runs.circuits[0] - runs.circuits[1:]) / gap, atol=1e-5, rtol=0)
+
+
+def test_scores_of_edges_are_not_those_that_chose_a_circuit_with_neurons(setting: Any) -> None:
+    circuit = mi.discover(setting.model, setting.task, method="eap", threshold=0.0)
+    assert score_again(circuit, setting.model, setting.task) is not None
+    assert score_again(circuit.with_neurons(["m1.n3"]), setting.model, setting.task) is None
 
 
 # -- messages
