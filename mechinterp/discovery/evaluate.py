@@ -18,8 +18,7 @@ from mechinterp.core.model import Model
 from mechinterp.core.resampling import draws
 from mechinterp.discovery.faithfulness import check_difference, faithfulness, interval_of, mean_of_ratios
 from mechinterp.discovery.further import look_further, told
-from mechinterp.discovery.packing import kept_neurons
-from mechinterp.discovery.running import run_circuits
+from mechinterp.discovery.running import check_fits, run_circuits
 from mechinterp.errors import MetricError
 from mechinterp.graph import Circuit, check_circuit, check_everywhere, random_pairs
 from mechinterp.graph.certificate import VERSION
@@ -199,6 +198,7 @@ def evaluate(
     """
     check_circuit(circuit)
     check_model_and_task(model, task)
+    check_fits(circuit, model)
     if thorough_prompts < 1:
         raise MetricError(f"thorough_prompts={thorough_prompts}: give a number of prompts from 1 on; 16 are usual")
     if scores is not None and not thorough:
@@ -206,7 +206,6 @@ def evaluate(
     if thorough:
         check_everywhere(circuit, "thorough=True")
     started = time.perf_counter()
-    kept_neurons([circuit], model)  # Refuses neurons that there are not, before others are drawn.
     width = model.cfg.d_mlp
     rivals = [random_pairs(circuit, seed=seed + i, d_mlp=width) for i in range(random_circuits)] if circuit.n_connected else []
     ablation = as_ablation(ablation, seed=seed)

@@ -19,7 +19,6 @@ from mechinterp.core.sites import Site
 from mechinterp.discovery.passes import Pass, SpanPass
 from mechinterp.graph import Circuit
 from mechinterp.patching.compare import Comparison, MetricLike, compare_runs
-from mechinterp.patching.neurons import check_neurons
 from mechinterp.patching.readers import EMBED, Layout, layout_of
 from mechinterp.tasks import Spans, Task
 
@@ -213,18 +212,11 @@ def outside_at(circuit: Circuit, layout: Layout, spans: Spans) -> Tensor:
 
 
 def kept_neurons(circuits: Sequence[Circuit], model: Model) -> dict[int, Tensor]:
-    """``[circuit neuron]``, which neurons each circuit keeps, of the layers of which one leaves some out.
-
-    Raises
-    ------
-    GraphError
-        A neuron that the model does not have.
-    """
+    """``[circuit neuron]``, which neurons each circuit keeps, of the layers of which one leaves some out."""
     kept: dict[int, Tensor] = {}
     for row, circuit in enumerate(circuits):
         for mlp, neurons in circuit.neurons.items():
             layer = circuit.shape.parse(mlp).layer or 0
-            check_neurons(model, mlp, neurons)
             own = kept.setdefault(layer, torch.ones(len(circuits), model.cfg.d_mlp, dtype=torch.bool, device=model.device))[row]
             own[:] = False
             own[list(neurons)] = True

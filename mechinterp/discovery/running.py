@@ -15,12 +15,13 @@ from mechinterp.core.model import Model
 from mechinterp.core.plan import progress_bar
 from mechinterp.discovery.packing import Packing, kept_neurons, outside_at, outside_of
 from mechinterp.errors import GraphError
-from mechinterp.graph import Circuit, check_circuit
+from mechinterp.graph import Circuit, GraphShape, check_circuit
 from mechinterp.patching.compare import MetricLike
+from mechinterp.patching.neurons import check_neurons
 from mechinterp.patching.readers import layout_of
 from mechinterp.tasks import Metric, Task, accuracy, resolve_metric
 
-__all__ = ["CircuitRuns", "run_circuits"]
+__all__ = ["CircuitRuns", "check_fits", "run_circuits"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,22 @@ class CircuitRuns:
             f"CircuitRuns: {self.metric}, clean {float(self.clean.mean()):.3f}, corrupt {float(self.corrupt.mean()):.3f}, "
             f"{len(self.circuits)} circuits {means}{nothing}"
         )
+
+
+def check_fits(circuit: Circuit, model: Model) -> None:
+    """Refuse what is no circuit of this model.
+
+    Raises
+    ------
+    GraphError
+        It has another shape, or neurons that the model does not have.
+    """
+    check_circuit(circuit)
+    shape = GraphShape.of(model)
+    if circuit.shape != shape:
+        raise GraphError(f"{circuit!r} is a circuit of shape {circuit.shape}, but {model.name} has {shape}")
+    for mlp, neurons in circuit.neurons.items():
+        check_neurons(model, mlp, neurons)
 
 
 def run_circuits(
@@ -155,14 +172,11 @@ def run_circuits(
     """
     check_model_and_task(model, task)
     circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
-    for circuit in circuits:
-        check_circuit(circuit)
     layout, ablation = layout_of(model), as_ablation(ablation, seed=None)
     if not circuits:
         raise GraphError("no circuits were given; pass a list such as [circuit, mi.Circuit.full(model)]")
     for circuit in circuits:
-        if circuit.shape != layout.shape:
-            raise GraphError(f"{circuit!r} is a circuit of shape {circuit.shape}, but {model.name} has {layout.shape}")
+        check_fits(circuit, model)
     further = [resolve_metric(each, task) for each in also]
     task = task.to(model.device)
     paired = ablation.kind == "resample"

@@ -235,5 +235,6 @@ def caption_of(circuit: Circuit, shown: Circuit, connected: bool) -> str:
         drawn = f"{which} of {counted(total, 'edge')} in the circuit"
     at = f" They carry at some spans of the prompts: {counted(shown.n_pairs, 'pair')} of edge and span." if shown.spans else ""
     if shown.neurons:
-        at += f" Of {counted(len(shown.neurons), 'MLP')} some neurons alone: {shown.n_neurons}."
+        keep = "keeps" if len(shown.neurons) == 1 else "keep"
+        at += f" {counted(len(shown.neurons), 'MLP')} {keep} {counted(shown.n_neurons, 'neuron')} alone."
     return f"{drawn}, {circuit.shape.n_edges} in the model.{at}"

@@ -342,6 +342,8 @@ def test_messages(setting: Any) -> None:
     model, task = setting.model, setting.task
     last, n = model.cfg.d_mlp - 1, 8 + 2 * model.cfg.d_mlp
     circuit = mi.Circuit.from_edges(model, ["embed->m0", "m0->logits"]).with_neurons(["m0.n1", "m0.n5"])
+    shape = mi.GraphShape(3, 4, model.cfg.n_kv_heads)
+    deep = mi.Circuit.full(shape).with_neurons(["m2.n1"])
     far = circuit.with_neurons([f"L0.N{last + 1}.mlp_post"])
     whole = "knows whole MLPs alone, and 1 MLP of this circuit keeps some neurons. For the bare edges: circuit.with_neurons({})."
     missing = f"there is no neuron m0.n{last + 1}: the MLPs of {model.name} have neurons 0 to {last}"
@@ -349,6 +351,10 @@ def test_messages(setting: Any) -> None:
     cases: list[tuple[Any, str]] = [
         (lambda: mi.run_circuits(model, task, far), missing),
         (lambda: mi.evaluate(far, model, task, seed=0), missing),
+        (
+            lambda: mi.evaluate(deep, model, task, seed=0),
+            f"{deep!r} is a circuit of shape {shape}, but {model.name} has {circuit.shape}",
+        ),
         (
             lambda: mi.discover(model, task, unit="neuron", method="acdc"),
             f"the method 'acdc' works on edges alone; {able}",
