@@ -34,11 +34,12 @@ def ours(peer_python: str, rounds: int, layers: int, threshold: float) -> dict[s
     model, task = gpt2(layers, SIZES["d_model"]), random_pairs(50257, 15, 10)[:4]
     times: dict[str, list[float]] = {"mi.acdc": [], "auto-circuit": []}
     with tempfile.TemporaryDirectory() as folder:
-        save_file({name: value.clone() for name, value in model.hf.state_dict().items()}, Path(folder) / "weights.safetensors")
+        state = {name.replace("_original_component.", ""): value for name, value in model.hf.state_dict().items()}
+        save_file({name: value.contiguous().clone() for name, value in state.items()}, Path(folder) / "weights.safetensors")
         pairs = {"clean": task.clean.tolist(), "corrupt": task.corrupt.tolist()}
         (Path(folder) / "pairs.json").write_text(json.dumps(pairs | {"layers": layers, "threshold": threshold}))
         command = [peer_python, __file__, "--worker", folder]
-        environment = os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment = os.environ | {"PYTHONHASHSEED": "0", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as worker:
             assert worker.stdin is not None and worker.stdout is not None
             for _ in range(rounds):
@@ -86,6 +87,7 @@ def worker(folder: Path) -> None:
     hf = GPT2LMHeadModel(GPT2Config(n_layer=given["layers"], n_embd=width, n_head=heads))
     hf.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
     hf.tie_weights()
+    hf.eval()
     config = HookedTransformerConfig(
         n_layers=given["layers"], d_model=width, n_heads=heads, d_head=width // heads, d_mlp=4 * width, d_vocab=50257, n_ctx=1024,
         act_fn="gelu_new", normalization_type="LN", eps=1e-5,

@@ -12,7 +12,6 @@ import typer
 
 from mechinterp.asking import REPEATING, check_names, generator_options, task_of, task_options
 from mechinterp.errors import MechInterpError, did_you_mean
-from mechinterp.graph.nodes import counted
 
 __all__ = ["main"]
 
@@ -152,15 +151,6 @@ def _check_folder(folder: Path, task: str, model: str, force: bool) -> None:
         )
 
 
-def _chosen(circuit: Any, method: str, selection: str) -> str:
-    """How edges were chosen, and where it is not as many as were asked for, that."""
-    said = circuit.provenance["selection"]
-    asked = said.get("n", circuit.n_pairs)
-    # ACDC chooses by itself.
-    how = method if said["rule"] == method else f"{method}, {selection}"
-    return how if asked == circuit.n_pairs else f"{how}; {asked} asked for, {circuit.n_pairs} found"
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -184,6 +174,11 @@ def discover(
     positions: Annotated[
         bool, typer.Option("--positions", help="Choose edges at each span of the prompts; --edges counts pairs of edge and span.")
     ] = False,
+    unit: Annotated[
+        Literal["edge", "node", "neuron"],
+        typer.Option(help="What is chosen: edges, or heads and MLPs (neuron: single neurons), with all edges among them."),
+    ] = "edge",
+    nodes: Annotated[int | None, typer.Option(min=1, help="How many to keep, with --unit node or neuron.")] = None,
     n: Annotated[
         int | None,
         typer.Option(min=2, help="How many pairs: half find the circuit, half judge it. Default: 64; all of --pairs."),
@@ -202,12 +197,14 @@ def discover(
     import mechinterp as mi
     from mechinterp.discovery.choosing import Search
     from mechinterp.discovery.discover import METHODS, check_choices, check_method, find
-    from mechinterp.discovery.report import save_all
+    from mechinterp.discovery.report import save_all, summary
 
     started = time.perf_counter()
     check_choices(method, selection)
     if positions and thorough:
         raise MechInterpError("--thorough knows edges at all positions alone; leave out --positions, or --thorough")
+    if unit == "neuron" and thorough:
+        raise MechInterpError("--thorough knows whole MLPs alone; leave out --unit neuron, or --thorough")
     check_names(model, task, pairs, metric)
     options = task_options(task, pairs, option)
     if metric is not None:
@@ -222,7 +219,9 @@ def discover(
     search = Search(
         model=loaded,
         task=found_on,
+        unit=unit,
         edges=edges,
+        nodes=nodes,
         selection=selection,
         steps=steps,
         metric=metric,
@@ -233,28 +232,12 @@ def discover(
     circuit, scores = find(search, method)
     judged: dict[str, Any] = {"random_circuits": random_circuits, "metric": metric, "seed": seed, "progress": True}
     judged |= {"thorough": thorough, "thorough_prompts": thorough_prompts}
-    judged["scores"] = scores if thorough else None
+    judged["scores"] = scores if thorough and unit == "edge" else None
     report = mi.evaluate(circuit, loaded, held_out, **judged)
     stories = mi.describe(circuit, loaded, found_on, heads=heads)
     command = ["mechinterp", *sys.argv[1:]]
     paths = save_all(folder, circuit, report, stories, command=command, seconds=time.perf_counter() - started)
-    low, high = report.faithfulness_interval
-    rivals = f", random circuits {report.random_mean:.3f}" if report.random_faithfulness else ""
-    roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if story.clear)
-    kept = counted(report.connected, "connected edge")
-    kept = kept if report.pairs is None else f"{counted(report.pairs, 'pair')} of edge and span on {kept}"
-    how = _chosen(circuit, method, selection)
-    print(f"circuit        {kept} of {report.all_edges}, {counted(report.nodes, 'node')} ({how})")
-    found = counted(len(found_on), "prompt")
-    print(f"task           {report.task} on {report.model}, {found} to find it, {report.prompts} held out")
-    print(f"{report.metric:<14} clean {report.clean:.3f}, corrupt {report.corrupt:.3f}, circuit {report.circuit:.3f}")
-    print(f"accuracy       model {report.model_accuracy:.3f}, circuit {report.circuit_accuracy:.3f}")
-    print(f"faithfulness   {report.faithfulness:.3f} ({low:.3f} to {high:.3f}){rivals}")
-    print(f"heads          {roles or 'none with a clear effect'}")
-    print(
-        f"cost           {circuit.provenance['forwards'] + report.forwards} forward, "
-        f"{circuit.provenance['backwards']} backward passes"
-    )
+    print(summary(circuit, report, stories))
     print(f"time           {time.perf_counter() - started:.0f} s")
     print(f"report         {paths[-1]}")
     print(f"diagrams       {paths[1]}, {paths[2]}")

@@ -29,7 +29,7 @@ RANDOM = ("random_faithfulness", "random_interval", "beats_random")
 OF_SCORES = ("curve", "stability")
 # Of words to draw from a provenance tells what there was, not the words: where others were given, the two differ.
 WORDS = ("tokenizer", "templates", "names", "nouns", "verbs", "words")
-COUNTS = ("prompts", "edges", "connected", "all_edges", "nodes")
+COUNTS = ("prompts", "edges", "connected", "all_edges", "nodes", "neurons")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class Intervention:
         A function of what a node writes that gives what it writes instead, for all its readers.
     shift
         What is added to the stream after the attention of a layer.
+    neurons
+        A function of the neurons of a layer's MLP that gives what its output projection reads.
     leaves
         Filled with a zero tensor for each (reader, port) and for each writer, for gradients with respect to them.
     """
@@ -40,6 +42,7 @@ class Intervention:
     instead: Mapping[str, Tensor] = field(default_factory=dict)
     put: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     shift: Mapping[int, Tensor] = field(default_factory=dict)
+    neurons: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     leaves: dict[Any, Tensor] | None = None
 
 
@@ -104,16 +107,17 @@ class Reference:
             return z @ self.w[f"model.layers.{layer}.self_attn.o_proj.weight"][:, span].T
         return z @ self.w[f"transformer.h.{layer}.attn.c_proj.weight"][span]
 
-    def mlp(self, x: Tensor, layer: int) -> Tensor:
+    def mlp(self, x: Tensor, layer: int, act: Callable[[Tensor], Tensor] = lambda own: own) -> Tensor:
+        """What the MLP writes; ``act`` gives other neurons in the place of its own."""
         if self.is_llama:
             name = f"model.layers.{layer}"
             x = self.norm(x, f"{name}.post_attention_layernorm")
             gate, up = (x @ self.w[f"{name}.mlp.{part}_proj.weight"].T for part in ("gate", "up"))
-            return (torch.nn.functional.silu(gate) * up) @ self.w[f"{name}.mlp.down_proj.weight"].T
+            return act(torch.nn.functional.silu(gate) * up) @ self.w[f"{name}.mlp.down_proj.weight"].T
         name = f"transformer.h.{layer}"
         x = self.norm(x, f"{name}.ln_2")
         hidden = x @ self.w[f"{name}.mlp.c_fc.weight"] + self.w[f"{name}.mlp.c_fc.bias"]
-        hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+        hidden = act(torch.nn.functional.gelu(hidden, approximate="tanh"))
         return hidden @ self.w[f"{name}.mlp.c_proj.weight"] + self.w[f"{name}.mlp.c_proj.bias"]
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -171,7 +175,9 @@ class Reference:
             if stop_mid == layer:
                 return rest + sum(written.values()), written
             rest = rest + change.shift.get(layer, torch.zeros(()))
-            written[f"m{layer}"] = write(f"m{layer}", self.mlp(hear(f"m{layer}", "in"), layer))
+            written[f"m{layer}"] = write(
+                f"m{layer}", self.mlp(hear(f"m{layer}", "in"), layer, change.neurons.get(layer, lambda own: own))
+            )
         final = self.norm(hear("logits", "in"), "model.norm" if self.is_llama else "transformer.ln_f")
         return final @ self.w["lm_head.weight"].T, written
 

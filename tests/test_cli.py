@@ -102,6 +102,31 @@ def test_circuits_of_edges_at_positions(tmp_path: Path) -> None:
     assert f"{circuit.n_pairs} connected pairs of edge and span" in fresh
 
 
+def test_circuits_of_neurons(tmp_path: Path) -> None:
+    told = call("discover", "toy", "--model", "toy:memory", "--unit", "neuron", "--nodes", 14, "--out", tmp_path)
+    circuit = mi.Circuit.load(tmp_path)
+    assert circuit.n_neurons == 12 and set(circuit.heads()) == {"a0.h1", "a0.h2"}
+    assert re.match(
+        r"circuit +12 neurons in the place of whole MLPs, 18 connected edges of 110, 6 nodes \(eap-ig, neurons\)", told
+    )
+    report = (tmp_path / "report.md").read_text()
+    assert "18 of 110 edges, with 12 neurons in the place of whole MLPs, carry" in report
+    assert "| heads and neurons asked for | 14 (edges among nodes) |" in report and "| neurons, of 2 MLPs | 12 |" in report
+    assert "Random circuits of the same size, of as many heads, MLPs and neurons, carry" in report
+    assert "12 neurons in the place of whole MLPs" in call("evaluate", tmp_path, "--random-circuits", 1)
+    assert "holds  neurons" in call("verify", tmp_path) and "neurons</text>" in (tmp_path / "diagram.svg").read_text()
+    nodes = call("discover", "toy", "--model", "toy:memory", "--unit", "node", "--nodes", 4, "--out", tmp_path, "--thorough")
+    assert re.match(r"circuit +18 connected edges of 110, 6 nodes", nodes)
+    assert "| heads and MLPs asked for | 4 (edges among nodes) |" in (tmp_path / "report.md").read_text()
+
+
+def test_neurons_are_not_judged_thoroughly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("discover", "toy", "--model", "toy:memory", "--unit", "neuron", "--thorough")
+    assert refused(monkeypatch, capsys, *words) == (
+        "mechinterp: --thorough knows whole MLPs alone; leave out --unit neuron, or --thorough"
+    )
+
+
 def test_positions_are_not_judged_thoroughly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("discover", "induction", "--model", "toy:induction", "--positions", "--thorough")
     assert refused(monkeypatch, capsys, *words) == (

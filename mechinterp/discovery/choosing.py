@@ -18,19 +18,20 @@ from mechinterp.graph import (
     best_pairs,
     connected_edges,
     greedy_edges,
-    scored_edges,
     threshold_edges,
     top_edges,
 )
+from mechinterp.graph.graph import edges_among
+from mechinterp.graph.neurons import nodes_of, parse_neuron
 from mechinterp.patching.compare import Direction, MetricLike
 from mechinterp.tasks import Task
 
-__all__ = ["SELECTIONS", "Search", "choose", "edge_places", "edge_scores", "edges_among", "node_scores"]
+__all__ = ["SELECTIONS", "Search", "choose", "edge_places", "edge_scores", "node_scores"]
 
 SELECTIONS: Mapping[str, Callable[..., Circuit]] = MappingProxyType(
     {"connected": connected_edges, "top": top_edges, "greedy": greedy_edges}
 )
-Unit = Literal["edge", "node"]
+Unit = Literal["edge", "node", "neuron"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,30 +92,15 @@ def edge_places(effects: Effects) -> dict[Edge, int]:
 
 
 def node_scores(effects: Effects) -> dict[str, float]:
-    """The score of every node from ``mi.attribute(..., unit="node")``."""
+    """The score of every node, or neuron, from ``mi.attribute(..., unit="node")``, or ``"neuron"``."""
     if effects.axes != ("node",):
         raise GraphError(f"these effects are over {effects.axes}; nodes come from mi.attribute(model, task, unit='node')")
     return {str(node): value for node, value in effects.as_dict().items()}
 
 
-def edges_among(shape: GraphShape, nodes: set[str]) -> tuple[Edge, ...]:
-    """Every edge whose two ends are among these nodes; the embedding and the logits always are.
-
-    A KV head is among them where one of its query heads is.
-
-    Examples
-    --------
-    >>> [str(edge) for edge in edges_among(GraphShape(n_layers=1, n_heads=2), {"a0.h1"})]
-    ['embed->a0.h1<q>', 'embed->a0.h1<k>', 'embed->a0.h1<v>', 'embed->logits', 'a0.h1->logits']
-    """
-    present = {"embed", "logits", *nodes}
-    present |= {kv for node in nodes if (kv := shape.kv_node(node)) is not None}
-    return tuple(edge for edge in scored_edges(shape) if edge.src in present and edge.dst in present)
-
-
 def choose(search: Search, effects: Effects, provenance: Mapping[str, Any]) -> Circuit:
-    """The circuit of the best edges, or of all edges among the best nodes."""
-    if search.unit == "node":
+    """The circuit of the best edges, or of all edges among the best nodes or neurons."""
+    if search.unit != "edge":
         return _of_nodes(search, node_scores(effects), provenance)
     if search.positions:
         return _of_pairs(search, effects, provenance)
@@ -156,12 +142,16 @@ def _of_nodes(search: Search, scores: Mapping[str, float], provenance: Mapping[s
         low, high = 0, len(ranked)
         while low < high:
             middle = (low + high + 1) // 2
-            if len(edges_among(search.shape, set(ranked[:middle]))) <= search.wanted:
+            if len(edges_among(search.shape, nodes_of(ranked[:middle]))) <= search.wanted:
                 low = middle
             else:
                 high = middle - 1
         taken = ranked[:low]
         said["n"] = search.wanted
     said |= {"nodes": taken, "node_scores": {node: scores[node] for node in taken}}
-    edges = dict.fromkeys(edges_among(search.shape, set(taken)))
-    return Circuit(search.shape, edges, {**provenance, "selection": said})
+    edges = dict.fromkeys(edges_among(search.shape, nodes_of(taken)))
+    neurons: dict[str, dict[int, float | None]] = {}
+    for name in taken:
+        if (found := parse_neuron(name)) is not None:
+            neurons.setdefault(found[0], {})[found[1]] = scores[name]
+    return Circuit(search.shape, edges, {**provenance, "selection": said}, neurons=neurons)

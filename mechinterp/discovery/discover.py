@@ -1,4 +1,4 @@
-"""From a task to a circuit: score every edge or node, keep the best."""
+"""From a task to a circuit: score every edge, node or neuron, keep the best."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from mechinterp.graph import Circuit
 from mechinterp.graph.select import check_count, check_threshold
 from mechinterp.patching.compare import Direction, MetricLike
 from mechinterp.patching.gradients import check_gradient
+from mechinterp.patching.neurons import neurons_of
+from mechinterp.patching.scores import nodes_of
 from mechinterp.tasks import METRICS, Metric, Task, resolve_metric
 
 __all__ = [
@@ -50,11 +52,11 @@ def check_method(method: str, metric: Metric, *, steps: int = 5, direction: Dire
 def _check(search: Search, method: str) -> None:
     """Refuse what cannot be searched, before anything runs."""
     check_choices(method, search.selection)
-    if search.unit not in ("edge", "node"):
-        raise GraphError(f"unit={search.unit!r}: write 'edge' or 'node'")
+    if search.unit not in ("edge", "node", "neuron"):
+        raise GraphError(f"unit={search.unit!r}: write 'edge', 'node' or 'neuron'")
     if search.unit not in METHODS[method].units:
         able = ", ".join(repr(name) for name, each in METHODS.items() if search.unit in each.units)
-        raise GraphError(f"the method {method!r} works on edges alone; for unit='node' there are {able}")
+        raise GraphError(f"the method {method!r} works on edges alone; for unit={search.unit!r} there are {able}")
     if METHODS[method].drawn and search.seed is None:
         raise GraphError(f"the method {method!r} draws numbers; give it a seed, such as seed=0")
     if not METHODS[method].drawn and search.seed is not None:
@@ -79,16 +81,20 @@ def _check(search: Search, method: str) -> None:
         check_count(search.edges, search.shape.n_edges)
     if search.nodes is not None:
         if search.unit == "edge":
-            raise GraphError(f"nodes={search.nodes} goes with unit='node'; of edges, give edges= or threshold=")
-        most = len(search.shape.writers) - 1
+            raise GraphError(f"nodes={search.nodes} goes with unit='node' or 'neuron'; of edges, give edges= or threshold=")
+        # All but the embedding.
+        most = len((neurons_of if search.unit == "neuron" else nodes_of)(search.model).cells) - 1
         if isinstance(search.nodes, bool) or not 0 <= search.nodes <= most:
-            raise GraphError(f"nodes={search.nodes}: this model has {most} heads and MLPs to choose from; give 0 to {most}")
+            kinds = "heads and MLPs" if search.unit == "node" else "heads and neurons"
+            raise GraphError(f"nodes={search.nodes}: this model has {most} {kinds} to choose from; give 0 to {most}")
 
 
 def _check_positions(search: Search, method: str) -> None:
     """Refuse what has no spans."""
     if search.unit != "edge":
-        raise GraphError("positions=True chooses edges at spans of the prompts; leave out unit='node', or positions=True")
+        raise GraphError(
+            f"positions=True chooses edges at spans of the prompts; leave out unit={search.unit!r}, or positions=True"
+        )
     if not METHODS[method].spans:
         able = ", ".join(repr(name) for name, each in METHODS.items() if each.spans)
         raise GraphError(f"the method {method!r} scores edges at all positions together; for positions=True there are {able}")
@@ -138,12 +144,14 @@ def discover(
         a share.
     unit
         ``"edge"``: edges are scored and chosen. ``"node"``: heads and MLPs are, and the circuit is all edges among those
-        chosen, the embedding and the logits, without scores of their own.
+        chosen, the embedding and the logits, without scores of their own. ``"neuron"``: heads and single neurons of MLPs are, in
+        one ranking (by what changing z of the head, or ``mlp_post`` of the neuron, does), and the circuit is all edges among the
+        heads, the MLPs of a neuron chosen, the embedding and the logits; its ``neurons`` are those chosen, with their scores.
     edges
-        How many edges to keep (default 200); with ``unit="node"`` the best nodes are taken while the edges among them are at
-        most that many. Or
+        How many edges to keep (default 200); with ``unit="node"`` or ``"neuron"`` the best are taken while the edges among them
+        are at most that many. Or
     nodes
-        how many heads and MLPs to keep, with ``unit="node"``. Or
+        how many heads and MLPs to keep, with ``unit="node"``; or heads and neurons, with ``unit="neuron"``. Or
     threshold
         keep all whose score is at least this (normalised: 1 is the whole difference between clean and corrupt). Below 0 only
         with ``signed=True``, since no absolute value is.
@@ -172,14 +180,14 @@ def discover(
         With the score of each edge, and in its provenance the task, method, selection, seed, versions and cost.
         ``provenance["selection"]`` says how edges were chosen: ``rule``, ``signed``, ``n`` (how many were asked for) or
         ``threshold``, and for ``"connected"`` how many of the best-ranked edges were ``taken`` until n of them connect; with
-        ``unit="node"`` the ``nodes`` taken and ``node_scores``. With ``positions=True`` the circuit has ``spans``, and
-        ``provenance["spans"]`` names those that there were.
+        ``unit="node"`` or ``"neuron"`` the ``nodes`` taken best first, and ``node_scores``. With
+        ``positions=True`` the circuit has ``spans``, and ``provenance["spans"]`` names those that there were.
 
     Raises
     ------
     GraphError
         An unknown method, unit or selection; two ways to choose, or an impossible number; a unit, or positions, that the method
-        cannot score; no seed where numbers are drawn, or one where none are.
+        cannot score, or neurons of a mixture of experts; no seed where numbers are drawn, or one where none are.
     TaskError
         ``positions=True`` where the names come in different orders: see `mechinterp.tasks.Spans`.
     MetricError
@@ -259,6 +267,7 @@ def score_again(circuit: Circuit, model: Model, task: Task, *, progress: bool = 
     method, metric = str(origin.get("method")), origin.get("metric")
     told = (
         not circuit.spans
+        and not circuit.neurons
         and origin.get("unit") == "edge"
         and str(origin.get("ablation")).startswith("resample (")
         and metric in METRICS

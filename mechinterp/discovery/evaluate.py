@@ -17,7 +17,7 @@ from mechinterp.core.model import Model
 from mechinterp.core.resampling import draws
 from mechinterp.discovery.faithfulness import check_difference, faithfulness, interval_of, mean_of_ratios
 from mechinterp.discovery.further import look_further, told
-from mechinterp.discovery.running import run_circuits
+from mechinterp.discovery.running import check_fits, run_circuits
 from mechinterp.errors import MetricError
 from mechinterp.graph import Circuit, check_circuit, check_everywhere, random_pairs
 from mechinterp.graph.certificate import VERSION
@@ -43,7 +43,8 @@ class Report:
     ``random_faithfulness`` holds one number for each random circuit of equal size; ``random_interval`` is ``None`` where
     there are none. ``beats_random`` counts those whose faithfulness the circuit's exceeds, by more than rounding.
     ``caveats`` are sentences on what these prompts cannot tell. ``kl`` is the mean KL of the circuit's answers from the model's.
-    ``pairs`` counts the connected pairs of edge and span of a circuit that has spans; None of others.
+    ``pairs`` counts the connected pairs of edge and span of a circuit that has spans, ``neurons`` the neurons that the connected
+    MLPs of a circuit with neurons keep; None of others.
     ``further`` holds what ``thorough=True`` adds, ``task_provenance`` how the prompts can be made again.
     """
 
@@ -77,6 +78,7 @@ class Report:
     resamples: int = 2000
     further: Mapping[str, Any] = field(default_factory=dict)
     pairs: int | None = None
+    neurons: int | None = None
     task_provenance: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
@@ -98,7 +100,8 @@ class Report:
                 f"  {self._chance()}",
                 f"  accuracy: model {self.model_accuracy:.3f}, circuit {self.circuit_accuracy:.3f}{away}",
                 f"  {self.edges} edges, {self.connected} connected, of {self.all_edges}; {self.nodes} nodes"
-                + ("" if self.pairs is None else f"; {self.pairs} connected pairs of edge and span"),
+                + ("" if self.pairs is None else f"; {self.pairs} connected pairs of edge and span")
+                + ("" if self.neurons is None else f"; {self.neurons} neurons in the place of whole MLPs"),
                 f"  {self.forwards} forward passes over the prompts, {self.seconds:.1f} s",
                 *(f"  {line}" for line in told(self.further)),
                 *(f"  caution: {caveat}" for caveat in self.caveats),
@@ -156,7 +159,8 @@ def evaluate(
         by the ablation that it was found with: under zeros or means, edges that carry the same in every prompt count too.
     random_circuits
         How many random circuits with the same number of connected edges, of kinds in about the same shares, to run beside it;
-        of a circuit with spans also at as many pairs of edge and span.
+        of a circuit with spans also at as many pairs of edge and span. Beside a circuit with neurons, circuits of as many heads,
+        and as many MLPs with as many neurons each, all drawn by chance, and all edges among them (`random_neurons`).
     resamples, confidence
         Bootstrap over prompts for the interval of faithfulness.
     thorough, thorough_prompts
@@ -180,7 +184,7 @@ def evaluate(
         Ablating everything (under "resample": the corrupt prompts) gives the same metric as the clean prompts, so that
         faithfulness is undefined; ``thorough_prompts`` below 1; ``scores`` without ``thorough``.
     GraphError
-        ``thorough`` of a circuit with spans.
+        ``thorough`` of a circuit with spans or neurons; a neuron that the model does not have.
 
     Notes
     -----
@@ -197,6 +201,7 @@ def evaluate(
     """
     check_circuit(circuit)
     check_model_and_task(model, task)
+    check_fits(circuit, model)
     if thorough_prompts < 1:
         raise MetricError(f"thorough_prompts={thorough_prompts}: give a number of prompts from 1 on; 16 are usual")
     if scores is not None and not thorough:
@@ -204,7 +209,8 @@ def evaluate(
     if thorough:
         check_everywhere(circuit, "thorough=True")
     started = time.perf_counter()
-    rivals = [random_pairs(circuit, seed=seed + i) for i in range(random_circuits)] if circuit.n_connected else []
+    width = model.cfg.d_mlp
+    rivals = [random_pairs(circuit, seed=seed + i, d_mlp=width) for i in range(random_circuits)] if circuit.n_connected else []
     ablation = as_ablation(ablation, seed=seed)
     outs = run_circuits(model, task, [circuit, *rivals], ablation=ablation, metric=metric, also=("kl",), progress=progress)
     check_difference(outs, task)
@@ -247,6 +253,7 @@ def evaluate(
         resamples=resamples,
         further=further,
         pairs=circuit.connected().n_pairs if circuit.spans else None,
+        neurons=circuit.connected().n_neurons if circuit.neurons else None,
         task_provenance=dict(task.provenance),
     )
 

@@ -7,17 +7,19 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from mechinterp.core.effects import Effects
+from mechinterp.core.select import Selection
 from mechinterp.discovery.acdc import acdc_of_size
 from mechinterp.discovery.choosing import Search, Unit
 from mechinterp.discovery.masking import learn_mask
 from mechinterp.discovery.screening import screen_and_verify
 from mechinterp.graph import Circuit
-from mechinterp.graph.nodes import node_name
 from mechinterp.patching.activation import patch
 from mechinterp.patching.attribution import attribute
 from mechinterp.patching.edges import edge_effects
 from mechinterp.patching.flow import flow
 from mechinterp.patching.gradients import path_points
+from mechinterp.patching.neurons import neurons_of
+from mechinterp.patching.scores import nodes_of
 
 __all__ = ["METHODS", "Method"]
 
@@ -31,7 +33,7 @@ class Method:
     about
         What it does and what it costs, in one line.
     find
-        Gives `Effects` over edges or nodes, from which edges are chosen, or the circuit itself.
+        Gives `Effects` over edges, nodes or neurons, from which edges are chosen, or the circuit itself.
     points
         Where on the path between the runs it takes gradients, given ``steps``; ``None`` where it takes none.
     units
@@ -47,7 +49,7 @@ class Method:
     about: str
     find: Callable[[Search], Effects | Circuit]
     points: Callable[[int], tuple[float, ...]] | None = None
-    units: tuple[Unit, ...] = ("edge", "node")
+    units: tuple[Unit, ...] = ("edge", "node", "neuron")
     noise_only: bool = False
     drawn: bool = False
     spans: bool = False
@@ -90,14 +92,16 @@ def flow_routes(search: Search) -> Effects:
 
 
 def exact(search: Search) -> Effects:
-    """Each edge, or node, changed alone and measured."""
+    """Each edge, node or neuron changed alone and measured."""
     if search.unit == "edge":
         return edge_effects(search.model, search.task, over=search.over or (), **search.what)
-    mlps = "" if search.shape.attn_only else " | L*.mlp_out"
-    found = patch(search.model, search.task, f"L0.resid_pre | L*.H*.z{mlps}", **search.what)
-    # The input of the first layer is what the embedding writes.
-    names = tuple("embed" if site == "L0.resid_pre" else node_name(str(site)) for site in found.coords["site"])
-    return replace(found, axes=("node",), coords={"node": names})
+    grid = neurons_of(search.model) if search.unit == "neuron" else nodes_of(search.model)
+    sites = Selection(tuple(site for cell in grid.cells for site in cell))
+    # Without axes of their own the sites are listed as they come.
+    found = patch(search.model, search.task, sites, **search.what)
+    order = {site: i for i, site in enumerate(found.coords["site"])}
+    rows = [order[str(site)] for site in sites]
+    return replace(found, axes=grid.axes, coords=grid.coords, per_example=found.per_example[rows])
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -153,7 +157,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             noise_only=True,
             drawn=True,
         ),
-        "exact": Method("every edge (or node) changed alone and measured; less than half a forward each", exact, spans=True),
+        "exact": Method("every edge (node, neuron) changed alone and measured; less than half a forward each", exact, spans=True),
         "acdc": Method(
             "removes edges one after another, from the logits back, where the metric moves by less than the threshold",
             acdc_of_size,

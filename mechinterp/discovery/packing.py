@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -22,7 +22,7 @@ from mechinterp.patching.compare import Comparison, MetricLike, compare_runs
 from mechinterp.patching.readers import EMBED, Layout, layout_of
 from mechinterp.tasks import Spans, Task
 
-__all__ = ["Pack", "Packing", "outside_at", "outside_of"]
+__all__ = ["Pack", "Packing", "kept_neurons", "outside_at", "outside_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,8 @@ class Packing:
         Prompts of a pack.
     at_once
         Circuits in one pass.
+    neurons
+        The layers of whose MLPs some circuit leaves neurons out.
     """
 
     model: Model
@@ -44,19 +46,29 @@ class Packing:
     rows: int
     at_once: int
     source: Callable[[slice], Cache] | None
+    neurons: Sequence[int] = ()
 
     @classmethod
-    def of(cls, model: Model, task: Task, ablation: Ablation, metric: MetricLike, memory: int | str | None) -> Packing:
+    def of(
+        cls,
+        model: Model,
+        task: Task,
+        ablation: Ablation,
+        metric: MetricLike,
+        memory: int | str | None,
+        neurons: Sequence[int] = (),
+    ) -> Packing:
         """Within a budget of memory."""
         layout, length = layout_of(model), task.clean.shape[1]
         paired = ablation.kind == "resample"
-        source = None if paired else ablation.source(model, task, every_writer(layout))
+        source = None if paired else ablation.source(model, task, every_writer(layout) | _sites(neurons))
         differing = max(1, length - int(task.first_difference.min())) if paired else length
-        per_row = 4 * differing * model.cfg.d_model * (len(layout.writers) + 3 * len(layout.groups[0].readers) + 8)
+        width = model.cfg.d_model * (len(layout.writers) + 3 * len(layout.groups[0].readers) + 8)
+        per_row = 4 * differing * (width + len(neurons) * model.cfg.d_mlp)
         room = budget_of(model, memory, at_most=1 << 28)
         fit = max(1, min(room // per_row, rows_per_forward(model, length, memory=room)))
         rows = min(fit, len(task))
-        return cls(model, task, ablation, metric, rows, max(1, fit // rows), source)
+        return cls(model, task, ablation, metric, rows, max(1, fit // rows), source, tuple(neurons))
 
     @property
     def parts(self) -> list[slice]:
@@ -67,15 +79,15 @@ class Packing:
         """Clean and ablated runs of some prompts. Cost: 2 forward passes, and what the ablation costs."""
         layout = layout_of(self.model)
         streams = [Site("resid_pre", layer) for layer in range(layout.shape.n_layers)]
-        runs = compare_runs(
-            self.model, self.task[part], layout.written, metric=self.metric, direction="noise", cells=[EMBED, *streams]
-        )
+        kept = layout.written | _sites(self.neurons)
+        runs = compare_runs(self.model, self.task[part], kept, metric=self.metric, direction="noise", cells=[EMBED, *streams])
         if self.source is None:
             # Before the prompts first differ nothing differs anywhere, so nothing is ablated there.
             other, start = runs.corrupt, runs.start
         else:
             other, start = self.source(part), 0
-        return Pack(runs, layout, _written(other, layout, start), start)
+        neurons = {layer: other[Site("mlp_post", layer)][:, start:] for layer in self.neurons}
+        return Pack(runs, layout, _written(other, layout, start), start, neurons)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +98,15 @@ class Pack:
     ----------
     ablated
         ``[batch writer (pos d_model)]``, from position ``start``.
+    neurons
+        What ablated neurons are, ``[batch pos neuron]`` from there on, of each layer that leaves some out.
     """
 
     runs: Comparison
     layout: Layout
     ablated: Tensor
     start: int
+    neurons: Mapping[int, Tensor] = field(default_factory=dict)
 
     @cached_property
     def clean_gap(self) -> Tensor:
@@ -129,7 +144,7 @@ class Pack:
         """The metric ``[circuit batch]`` of answer logits ``[circuit batch vocab]``."""
         return torch.stack([self.runs.measure(each) for each in answers])
 
-    def answers(self, outside: Tensor, *, first: int = 0, grad: bool = False) -> Tensor:
+    def answers(self, outside: Tensor, *, first: int = 0, grad: bool = False, kept: Mapping[int, Tensor] | None = None) -> Tensor:
         """Answer logits ``[circuit batch vocab]`` of several circuits as rows of one forward pass.
 
         Parameters
@@ -140,10 +155,12 @@ class Pack:
             No reader of an earlier layer has anything ablated, so the pass may start there.
         grad
             Whether the answers are differentiable with respect to ``outside``.
+        kept
+            Which neurons each circuit keeps, ``[circuit neuron]``, of the layers of which one leaves some out.
         """
-        return Pass(self, outside, first, grad).run()
+        return Pass(self, outside, first, grad, kept).run()
 
-    def answers_at(self, outside: Tensor, index: Tensor) -> Tensor:
+    def answers_at(self, outside: Tensor, index: Tensor, *, kept: Mapping[int, Tensor] | None = None) -> Tensor:
         """The same where edges are ablated at some spans alone.
 
         Parameters
@@ -152,8 +169,10 @@ class Pack:
             ``[circuit span reader writer]``
         index
             ``[batch pos]``: the span of each token.
+        kept
+            As in `answers`.
         """
-        return SpanPass(self, outside, index[:, self.start :]).run()
+        return SpanPass(self, outside, index[:, self.start :], kept).run()
 
 
 def every_writer(layout: Layout) -> Selection:
@@ -190,6 +209,22 @@ def outside_at(circuit: Circuit, layout: Layout, spans: Spans) -> Tensor:
         cut[[spans.place(name) for name in kept]] = 0.0
         mask[:, readers[edge.dst, edge.port], writers[edge.src]] = cut
     return mask
+
+
+def kept_neurons(circuits: Sequence[Circuit], model: Model) -> dict[int, Tensor]:
+    """``[circuit neuron]``, which neurons each circuit keeps, of the layers of which one leaves some out."""
+    kept: dict[int, Tensor] = {}
+    for row, circuit in enumerate(circuits):
+        for mlp, neurons in circuit.neurons.items():
+            layer = circuit.shape.parse(mlp).layer or 0
+            own = kept.setdefault(layer, torch.ones(len(circuits), model.cfg.d_mlp, dtype=torch.bool, device=model.device))[row]
+            own[:] = False
+            own[list(neurons)] = True
+    return dict(sorted(kept.items()))
+
+
+def _sites(layers: Sequence[int]) -> Selection:
+    return Selection(tuple(Site("mlp_post", layer) for layer in layers))
 
 
 def _written(cache: Cache, layout: Layout, start: int) -> Tensor:

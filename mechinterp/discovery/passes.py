@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,11 +48,12 @@ class _Heard:
 class Pass:
     """One forward pass of several circuits as rows. The registry's functions see positions from ``start`` of the recording.
 
-    ``missing`` is ablated_u - current_u, filled in as the pass reaches each writer that a sum needs.
+    ``missing`` is ablated_u - current_u, filled in as the pass reaches each writer that a sum needs. ``kept`` holds of layers in
+    which a row leaves neurons out which ones each keeps, ``[circuit neuron]``; such a pass starts at the first layer.
     """
 
-    def __init__(self, pack: Pack, outside: Tensor, first: int, grad: bool) -> None:
-        self.pack, self.outside, self.grad = pack, outside, grad
+    def __init__(self, pack: Pack, outside: Tensor, first: int, grad: bool, kept: Mapping[int, Tensor] | None = None) -> None:
+        self.pack, self.outside, self.grad, self.kept = pack, outside, grad, kept or {}
         self.model, self.layout, self.n = pack.runs.model, pack.layout, len(outside)
         # A replay has no gradients.
         self.recording = None if grad else pack.runs.recording
@@ -121,6 +122,8 @@ class Pass:
             registry.transform(Site("z", layer), self._note_heads(layer))
             if not layout.shape.attn_only:
                 registry.transform(Site("mlp_out", layer), self._note_stream(layout.mlp_writer(layer)))
+        for layer in self.kept:
+            registry.transform(Site("mlp_post", layer), self._ablate_neurons(layer))
         for group in self.together:
             if group.port == "in":
                 registry.transform(group.site, self._read(group))
@@ -172,6 +175,16 @@ class Pass:
             if self.model.cfg.post_norm:
                 self.summed[layer] = rearrange(self.model.attention_sums(layer, z), "(n b) p m -> n b 1 p m", n=self.n)
             return value
+
+        return act
+
+    def _ablate_neurons(self, layer: int) -> Callable[[Tensor], Tensor]:
+        kept = self.kept[layer][:, None, None]
+
+        def act(value: Tensor) -> Tensor:
+            neurons = rearrange(value[:, self.start :], "(n b) p d -> n b p d", n=self.n)
+            new = torch.where(kept, neurons, self.pack.neurons[layer]).flatten(0, 1)
+            return torch.cat([value[:, : self.start], new], dim=1) if self.start else new
 
         return act
 
@@ -262,10 +275,10 @@ def _chosen(marked: Tensor) -> tuple[int, ...]:
 class SpanPass(Pass):
     """The same where ``outside`` is ``[circuit span reader writer]``: each position has the weights of its span."""
 
-    def __init__(self, pack: Pack, outside: Tensor, index: Tensor) -> None:
+    def __init__(self, pack: Pack, outside: Tensor, index: Tensor, kept: Mapping[int, Tensor] | None = None) -> None:
         # Padding has no span and is given the last one's weights: no answer hears it.
         self.index = index
-        super().__init__(pack, outside, first=0, grad=False)
+        super().__init__(pack, outside, first=0, grad=False, kept=kept)
 
     def _touches(self, weights: Tensor) -> Tensor:
         return super()._touches(weights).any(dim=1, keepdim=True)

@@ -14,7 +14,7 @@ from mechinterp.discovery.further import told as further
 from mechinterp.graph import Circuit, draw
 from mechinterp.graph.nodes import counted
 
-__all__ = ["report_markdown", "save_all"]
+__all__ = ["report_markdown", "save_all", "summary"]
 
 
 def report_markdown(
@@ -79,10 +79,11 @@ def report_markdown(
         f"| faithfulness, ratio of means | {report.faithfulness:.3f} ({low:.3f} to {high:.3f}) |",
         f"| faithfulness, mean of ratios | {report.mean_of_ratios:.3f} |",
         *rivals,
-        f"| {'edges' if report.pairs is None else 'pairs of edge and span'} asked for | {_asked(circuit, report)} |",
+        f"| {_asked_what(circuit, report)} asked for | {_asked(circuit, report)} |",
         f"| edges kept, connected | {report.edges}, {report.connected} |",
         *([] if report.pairs is None else [f"| pairs of edge and span, connected | {report.pairs} |"]),
         f"| nodes | {report.nodes} |",
+        *([] if report.neurons is None else [f"| neurons, of {_counted_mlps(circuit)} | {report.neurons} |"]),
         f"| ablation | {report.ablation}: every edge outside carries {_carried(report)} |",
         "",
         f"Faithfulness is {_ratio(report)}, unclamped. Above 1 the circuit lacks parts that work against "
@@ -105,7 +106,12 @@ def report_markdown(
 
 
 def _at_spans(report: Report) -> str:
-    return "" if report.pairs is None else f", at some spans of the prompts ({counted(report.pairs, 'pair')} of edge and span),"
+    at = "" if report.pairs is None else f", at some spans of the prompts ({counted(report.pairs, 'pair')} of edge and span),"
+    return at + ("" if report.neurons is None else f", with {counted(report.neurons, 'neuron')} in the place of whole MLPs,")
+
+
+def _counted_mlps(circuit: Circuit) -> str:
+    return counted(len(circuit.connected().neurons), "MLP")
 
 
 def _chance(report: Report) -> tuple[str, list[str]]:
@@ -118,7 +124,8 @@ def _chance(report: Report) -> tuple[str, list[str]]:
         f"| {counted(len(values), 'random circuit')} of equal size | mean {mean:.3f} ({interval[0]:.3f} to {interval[1]:.3f}); "
         f"{report.beats_random} of {len(values)} beaten |"
     )
-    return f" Random circuits of the same size, of about the same kinds of edges, carry {_percent(mean)}.", [row]
+    kinds = "of about the same kinds of edges" if report.neurons is None else "of as many heads, MLPs and neurons"
+    return f" Random circuits of the same size, {kinds}, carry {_percent(mean)}.", [row]
 
 
 def _carried(report: Report) -> str:
@@ -143,7 +150,13 @@ def _asked(circuit: Circuit, report: Report) -> str:
     selection = circuit.provenance.get("selection", {})
     taken = f", found among the best {selection['taken']}" if "taken" in selection else ""
     rule = f" ({selection['rule']}{taken})" if "rule" in selection else ""
-    return f"{selection.get('n', report.edges)}{rule}"
+    return f"{selection.get('n_nodes', selection.get('n', report.edges))}{rule}"
+
+
+def _asked_what(circuit: Circuit, report: Report) -> str:
+    if "n_nodes" in circuit.provenance.get("selection", {}):
+        return "heads and neurons" if circuit.provenance.get("unit") == "neuron" else "heads and MLPs"
+    return "edges" if report.pairs is None else "pairs of edge and span"
 
 
 def _paragraph(helping: Sequence[HeadStory], against: Sequence[HeadStory]) -> list[str]:
@@ -185,6 +198,40 @@ def _row(story: HeadStory) -> str:
         story.role,
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _how(circuit: Circuit) -> str:
+    """How edges were chosen, and where it is not as many as were asked for, that."""
+    origin = circuit.provenance
+    said, method = origin["selection"], origin["method"]
+    unit = origin.get("unit", "edge")
+    # Some methods choose by themselves.
+    how = method if said["rule"] == method else f"{method}, {said['rule'] if unit == 'edge' else f'{unit}s'}"
+    asked = said.get("n", circuit.n_pairs)
+    return how if asked == circuit.n_pairs else f"{how}; {asked} asked for, {circuit.n_pairs} found"
+
+
+def summary(circuit: Circuit, report: Report, stories: Sequence[HeadStory]) -> str:
+    """The report in seven lines, for a terminal."""
+    low, high = report.faithfulness_interval
+    rivals = f", random circuits {report.random_mean:.3f}" if report.random_faithfulness else ""
+    roles = ", ".join(f"{story.node} {story.effect:+.2f}" for story in stories[:5] if story.clear)
+    kept = counted(report.connected, "connected edge")
+    kept = kept if report.pairs is None else f"{counted(report.pairs, 'pair')} of edge and span on {kept}"
+    kept = kept if report.neurons is None else f"{counted(report.neurons, 'neuron')} in the place of whole MLPs, {kept}"
+    origin = circuit.provenance
+    found = counted(origin["prompts"], "prompt")
+    return "\n".join(
+        [
+            f"circuit        {kept} of {report.all_edges}, {counted(report.nodes, 'node')} ({_how(circuit)})",
+            f"task           {report.task} on {report.model}, {found} to find it, {report.prompts} held out",
+            f"{report.metric:<14} clean {report.clean:.3f}, corrupt {report.corrupt:.3f}, circuit {report.circuit:.3f}",
+            f"accuracy       model {report.model_accuracy:.3f}, circuit {report.circuit_accuracy:.3f}",
+            f"faithfulness   {report.faithfulness:.3f} ({low:.3f} to {high:.3f}){rivals}",
+            f"heads          {roles or 'none with a clear effect'}",
+            f"cost           {origin['forwards'] + report.forwards} forward, {origin['backwards']} backward passes",
+        ]
+    )
 
 
 def save_all(

@@ -13,14 +13,15 @@ from mechinterp.core.ablation import Ablation, as_ablation
 from mechinterp.core.arguments import check_model_and_task
 from mechinterp.core.model import Model
 from mechinterp.core.plan import progress_bar
-from mechinterp.discovery.packing import Packing, outside_at, outside_of
+from mechinterp.discovery.packing import Packing, kept_neurons, outside_at, outside_of
 from mechinterp.errors import GraphError
-from mechinterp.graph import Circuit, check_circuit
+from mechinterp.graph import Circuit, GraphShape, check_circuit
 from mechinterp.patching.compare import MetricLike
+from mechinterp.patching.neurons import check_neurons
 from mechinterp.patching.readers import layout_of
 from mechinterp.tasks import Metric, Task, accuracy, resolve_metric
 
-__all__ = ["CircuitRuns", "run_circuits"]
+__all__ = ["CircuitRuns", "check_fits", "run_circuits"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,22 @@ class CircuitRuns:
         )
 
 
+def check_fits(circuit: Circuit, model: Model) -> None:
+    """Refuse what is no circuit of this model.
+
+    Raises
+    ------
+    GraphError
+        It has another shape, or neurons that the model does not have.
+    """
+    check_circuit(circuit)
+    shape = GraphShape.of(model)
+    if circuit.shape != shape:
+        raise GraphError(f"{circuit!r} is a circuit of shape {circuit.shape}, but {model.name} has {shape}")
+    for mlp, neurons in circuit.neurons.items():
+        check_neurons(model, mlp, neurons)
+
+
 def run_circuits(
     model: Model,
     task: Task,
@@ -98,14 +115,20 @@ def run_circuits(
     Of an edge that a circuit holds at some spans alone, v hears ablated_u at the positions of all others. The position is that at
     which v reads, which is the one that u writes at: attention moves between positions inside of a head, not on its edges.
 
+    An MLP of which a circuit keeps some neurons computes them from what it reads, as ever. Then those left out are ablated at all
+    positions: the vector that its output projection reads (``mlp_post``) has in these coordinates the ablated value of that
+    vector (under "resample" the corrupt run's). What the MLP writes, current_u, is what the projection, its bias and a norm
+    after it make of this; on its edges outside the circuit ablated_u is that of the whole MLP. An MLP that keeps all of its
+    neurons is the MLP; one that keeps none writes ablated_u under "resample".
+
     Parameters
     ----------
     circuits
         Circuits of this model's graph, or one.
     ablation
         What u's edges outside the circuit carry: an `Ablation`, or the name of one that draws nothing. A writer is a head, an
-        MLP or the embedding (token and position together). Means and fits are taken over the whole task, or over the
-        ablation's own ``reference``.
+        MLP or the embedding (token and position together); the neurons of a layer are ablated as one. Means and fits are taken
+        over the whole task, or over the ablation's own ``reference``.
     metric
         As in `mechinterp.patch`.
     also
@@ -121,7 +144,7 @@ def run_circuits(
     Raises
     ------
     GraphError
-        A circuit of another model's shape, or no circuit at all.
+        A circuit of another model's shape, or no circuit at all; a neuron that the model does not have.
     TaskError
         A span of a circuit that the prompts do not have, or prompts that have no common spans: see `mechinterp.tasks.Spans`.
     EditError
@@ -149,35 +172,34 @@ def run_circuits(
     """
     check_model_and_task(model, task)
     circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
-    for circuit in circuits:
-        check_circuit(circuit)
     layout, ablation = layout_of(model), as_ablation(ablation, seed=None)
     if not circuits:
         raise GraphError("no circuits were given; pass a list such as [circuit, mi.Circuit.full(model)]")
     for circuit in circuits:
-        if circuit.shape != layout.shape:
-            raise GraphError(f"{circuit!r} is a circuit of shape {circuit.shape}, but {model.name} has {layout.shape}")
+        check_fits(circuit, model)
     further = [resolve_metric(each, task) for each in also]
     task = task.to(model.device)
     paired = ablation.kind == "resample"
     # Where other values come from than the corrupt run, what is left with everything ablated is a run of its own.
     wanted = [*circuits] if paired else [*circuits, Circuit.empty(layout.shape)]
-    # Circuits with spans are rows of passes of their own: the others need no weights for each position.
-    spanned = [i for i, circuit in enumerate(wanted) if circuit.spans]
-    plain = [i for i, circuit in enumerate(wanted) if not circuit.spans]
-    outside = [outside_of(wanted[i], layout) for i in plain]
-    at_spans, index = [], task.clean
-    if spanned:
-        spans = task.spans
-        at_spans, index = [outside_at(wanted[i], layout, spans) for i in spanned], spans.index
-    back = torch.tensor([*plain, *spanned], device=model.device).argsort()
-    packing = Packing.of(model, task, ablation, metric, memory)
+    # Circuits with spans, or with neurons, are rows of passes of their own: the others need no weights for each position, and
+    # nothing done to their neurons.
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for i, circuit in enumerate(wanted):
+        kinds.setdefault((bool(circuit.spans), bool(circuit.neurons)), []).append(i)
+    spans = task.spans if any(by_span for by_span, _ in kinds) else None
+    layers = tuple(kept_neurons(wanted, model))
+    packing = Packing.of(model, task, ablation, metric, memory, layers)
     # Stacked once, for all parts of the prompts.
-    passes = [
-        (torch.stack(masks[first : first + packing.at_once]).to(model.device), by_span)
-        for masks, by_span in ((outside, False), (at_spans, True))
-        for first in range(0, len(masks), packing.at_once)
-    ]
+    passes: list[tuple[Tensor, Tensor | None, dict[int, Tensor]]] = []
+    for (by_span, _), members in kinds.items():
+        for first in range(0, len(members), packing.at_once):
+            some = [wanted[i] for i in members[first : first + packing.at_once]]
+            masks = [outside_at(each, layout, spans) if by_span and spans else outside_of(each, layout) for each in some]
+            index = spans.index if by_span and spans else None
+            passes.append((torch.stack(masks).to(model.device), index, kept_neurons(some, model)))
+    order = [i for members in kinds.values() for i in members]
+    back = torch.tensor(order, device=model.device).argsort()
     found: list[list[Tensor]] = []
     beside: list[list[Tensor]] = []
     with progress_bar(len(wanted) * len(task), "run circuits", show=progress) as bar:
@@ -185,10 +207,12 @@ def run_circuits(
             pack = packing.pack(rows)
             runs, part = pack.runs, pack.runs.task
             logits = []
-            for some, by_span in passes:
-                logits.append(pack.answers_at(some, index[rows]) if by_span else pack.answers(some))
-                bar.update(len(some) * len(part))
-            answers = torch.cat(logits)[back] if spanned else torch.cat(logits)
+            for outside, index, kept in passes:
+                logits.append(
+                    pack.answers(outside, kept=kept) if index is None else pack.answers_at(outside, index[rows], kept=kept)
+                )
+                bar.update(len(outside) * len(part))
+            answers = torch.cat(logits)[back] if len(kinds) > 1 else torch.cat(logits)
             right = [accuracy(each, part) for each in (*answers[: len(circuits)], runs.clean_logits)]
             some_answers = answers[: len(circuits)]
             beside.append([torch.stack([each(row, part, runs.clean_logits) for row in some_answers]) for each in further])

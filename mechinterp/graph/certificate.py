@@ -30,6 +30,7 @@ CLAIMS: Final = (
     "connected",
     "all_edges",
     "nodes",
+    "neurons",
     "random_faithfulness",
     "random_interval",
     "beats_random",

@@ -17,14 +17,15 @@ import networkx as nx
 from mechinterp.errors import FileFormatError, GraphError, missing_extra
 from mechinterp.graph.certificate import Certificate
 from mechinterp.graph.files import FORMAT, VERSION, file_of, read_content, write_atomically
-from mechinterp.graph.graph import build_graph, index_of
+from mechinterp.graph.graph import build_graph, collapsed, index_of
+from mechinterp.graph.neurons import as_neurons, check_same_neurons, of_both, of_either, touched
 from mechinterp.graph.nodes import Edge, GraphShape, counted
 from mechinterp.graph.values import as_edge, as_score, as_spans, plain_mapping, total
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Circuit", "check_circuit", "check_everywhere"]
+__all__ = ["Circuit"]
 
 PICTURES: Final = (".dot", ".svg", ".png", ".pdf", ".html", ".jpg", ".jpeg")
 
@@ -51,12 +52,16 @@ class Circuit:
     spans
         Of an edge that carries something at some positions alone: the names of these spans (``task.spans``), each with its
         score or None. An edge that is not here carries at all positions.
+    neurons
+        Of an MLP that keeps some of its neurons alone, ``"m3"``: their indices, each with its score or None. An MLP that is not
+        here keeps all of them. The edges are those of the MLP; `mechinterp.run_circuits` says what it then writes.
 
     Raises
     ------
     GraphError
         If an edge does not exist in this shape, a score is not a finite number, `provenance` or `report`
-        hold something that JSON cannot, or spans are given of an edge that is not in the circuit, or none of one that is.
+        hold something that JSON cannot, or spans are given of an edge that is not in the circuit, or none of one that is;
+        or neurons of an MLP that no edge touches. Which indices there are only the model knows: it is asked when they meet.
 
     Examples
     --------
@@ -76,6 +81,7 @@ class Circuit:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
     spans: Mapping[Edge, Mapping[str, float | None]] = field(default_factory=dict)
+    neurons: Mapping[str, Mapping[int, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = GraphShape.of(self.shape)
@@ -88,6 +94,7 @@ class Circuit:
         object.__setattr__(self, "provenance", MappingProxyType(plain_mapping(self.provenance, "provenance")))
         object.__setattr__(self, "report", MappingProxyType(plain_mapping(self.report, "report")))
         object.__setattr__(self, "spans", MappingProxyType(as_spans(self.spans, scores)))
+        object.__setattr__(self, "neurons", MappingProxyType(as_neurons(self.neurons, shape, self.nodes) if self.neurons else {}))
 
     # --- making one
 
@@ -146,14 +153,17 @@ class Circuit:
         """The circuit as a networkx object, frozen: take ``circuit.graph.copy()`` to change it.
 
         Keyed by port. Edges carry ``kind`` (``"scored"`` or ``"structural"``), the reader's ``layer`` and
-        ``head``, and ``score`` where they have one, and ``spans`` (``"S1,end"``) where they carry at some alone.
-        Its ``graph.graph`` holds the shape.
+        ``head``, and ``score`` where they have one, and ``spans`` (``"S1,end"``) where they carry at some alone;
+        MLPs carry ``neurons`` (``"12,40"``) where they keep some alone. Its ``graph.graph`` holds the shape.
         """
         edges: list[tuple[Edge, dict[str, object]]] = [
             (edge, {} if score is None else {"score": score}) for edge, score in self.scores.items()
         ]
         edges = [(edge, said | ({"spans": ",".join(self.spans[edge])} if edge in self.spans else {})) for edge, said in edges]
-        return nx.freeze(build_graph(self.shape, self.nodes, edges))
+        graph = build_graph(self.shape, self.nodes, edges)
+        for mlp, kept in self.neurons.items():
+            graph.nodes[mlp]["neurons"] = ",".join(map(str, kept))
+        return nx.freeze(graph)
 
     @property
     def certificate(self) -> Certificate | None:
@@ -186,7 +196,7 @@ class Circuit:
         return self.only(self._connected)
 
     def only(self, edges: Iterable[EdgeLike]) -> Circuit:
-        """The circuit of some of its edges, with their scores and spans; provenance and report are kept.
+        """The circuit of some of its edges, with their scores, spans and neurons; provenance and report are kept.
 
         Raises
         ------
@@ -198,11 +208,30 @@ class Circuit:
             if edge not in self.scores:
                 raise GraphError(f"{edge} is not in this circuit of {counted(len(self), 'edge')}.")
         spans = {edge: self.spans[edge] for edge in kept if edge in self.spans}
-        return replace(self, scores={edge: self.scores[edge] for edge in kept}, spans=spans)
+        neurons = touched(self.neurons, kept)
+        return replace(self, scores={edge: self.scores[edge] for edge in kept}, spans=spans, neurons=neurons)
 
     def everywhere(self) -> Circuit:
         """The same edges at all positions."""
         return replace(self, spans={}) if self.spans else self
+
+    def with_neurons(self, neurons: Mapping[str, Mapping[int, float | None]] | Iterable[str]) -> Circuit:
+        """The same edges, of these MLPs with these neurons alone and of all others with all; ``{}`` for whole MLPs everywhere.
+
+        Neurons may also be given by their names, ``m0.n12`` or ``L0.N12.mlp_post``.
+
+        Examples
+        --------
+        >>> circuit = Circuit.from_edges(GraphShape(n_layers=1, n_heads=1), ["embed->m0", "m0->logits"])
+        >>> circuit.with_neurons(["m0.n12", "m0.n40"])
+        Circuit: 2 edges (2 connected) of 8, 2 neurons of 1 MLP, 3 nodes
+        """
+        return replace(self, neurons=as_neurons(neurons, self.shape, self.nodes))
+
+    @property
+    def n_neurons(self) -> int:
+        """How many neurons are kept in the MLPs that do not keep all of theirs."""
+        return sum(map(len, self.neurons.values()))
 
     @property
     def n_pairs(self) -> int:
@@ -212,7 +241,9 @@ class Circuit:
     @cached_property
     def _connected(self) -> tuple[Edge, ...]:
         index = index_of(self.shape)
-        return tuple(index.edges[i] for i in index.connected(index.positions(self.scores)))
+        # An MLP without a neuron passes nothing on.
+        able = (edge for edge in self.scores if self.neurons.get(edge.src, True))
+        return tuple(index.edges[i] for i in index.connected(index.positions(able)))
 
     @property
     def n_connected(self) -> int:
@@ -235,36 +266,36 @@ class Circuit:
     # --- comparing
 
     def __or__(self, other: Circuit) -> Circuit:
-        """Edges of either, each at the spans of either; where both score an edge, the left one's score."""
+        """Edges of either, each at the spans of either, and the neurons of either; of two scores the left one's."""
         self._check_same_shape(other)
-        # What carries everywhere in one of them does so in both together.
-        either = {
-            edge: {**other.spans.get(edge, {}), **self.spans.get(edge, {})}
-            for edge in {**self.spans, **other.spans}
-            if (edge in self.spans or edge not in self.scores) and (edge in other.spans or edge not in other.scores)
-        }
-        return self._combined("union", other, {**other.scores, **self.scores}, either)
+        # What carries everywhere in one of them does so in both together, and what is whole in one of them is whole.
+        spans = of_either(self.spans, other.spans, self.scores, other.scores)
+        neurons = of_either(self.neurons, other.neurons, self.nodes, other.nodes)
+        return self._combined("union", other, {**other.scores, **self.scores}, spans, neurons)
 
     def __and__(self, other: Circuit) -> Circuit:
-        """Edges of both, at the spans of both, with the left one's scores."""
+        """Edges of both, at the spans of both, and the neurons of both, with the left one's scores.
+
+        An edge goes where there is no span left of it, or no neuron of an MLP at its end.
+        """
         self._check_same_shape(other)
-        both: dict[Edge, Mapping[str, float | None]] = {}
-        for edge in self.scores.keys() & other.scores.keys():
-            mine, theirs = self.spans.get(edge), other.spans.get(edge)
-            if mine is not None:
-                both[edge] = mine if theirs is None else {span: mine[span] for span in mine if span in theirs}
-            elif theirs is not None:
-                both[edge] = dict.fromkeys(theirs)
-        kept = {e: s for e, s in self.scores.items() if e in other.scores and both.get(e, True)}
-        return self._combined("intersection", other, kept, {e: spans for e, spans in both.items() if spans})
+        spans = of_both(self.spans, other.spans, self.scores.keys() & other.scores.keys())
+        neurons = of_both(self.neurons, other.neurons, {*self.nodes} & {*other.nodes})
+        kept = {
+            e: s
+            for e, s in self.scores.items()
+            if e in other.scores and spans.get(e, True) and all(neurons.get(end, True) for end in e[:2])
+        }
+        return self._combined("intersection", other, kept, {e: spans[e] for e in kept if e in spans}, neurons)
 
     def __sub__(self, other: Circuit) -> Circuit:
-        """Edges of the left one alone, and the spans of the left one alone where both have an edge.
+        """Edges of the left one alone, and the spans of the left one alone where both have an edge; with the left one's neurons.
 
         Raises
         ------
         GraphError
-            An edge is everywhere in the left one and at some spans in the right one: which others there are it does not say.
+            An edge is everywhere in the left one and at some spans in the right one: which others there are it does not say. Or
+            an MLP of an edge of both has neurons in the left one alone: what is left of that edge is no edge of a circuit.
         """
         self._check_same_shape(other)
         self._check_same_grain(other, only_left=True)
@@ -273,28 +304,29 @@ class Circuit:
             gone = other.spans.get(edge, spans if edge in other.scores else {})
             left[edge] = {span: score for span, score in spans.items() if span not in gone}
         kept = {e: s for e, s in self.scores.items() if left.get(e, e not in other.scores)}
-        return self._combined("difference", other, kept, {e: spans for e, spans in left.items() if spans})
+        return self._combined("difference", other, kept, {e: spans for e, spans in left.items() if spans}, self.neurons)
 
     def iou(self, other: Circuit) -> float:
         """How much do two circuits agree? Edges of both, over edges of either; 1.0 for two empty ones.
 
-        Of edges with spans it is the pairs of edge and span that count.
+        Of edges with spans it is the pairs of edge and span that count. Neurons count beside the edges, one each.
 
         Raises
         ------
         GraphError
-            An edge is everywhere in one and at some spans in the other.
+            An edge is everywhere in one and at some spans in the other, or an MLP is whole in one and not in the other.
         """
         self._check_same_shape(other)
         self._check_same_grain(other)
-        mine, theirs = self._pairs, other._pairs
+        mine, theirs = self._members, other._members
         either = len(mine | theirs)
         return len(mine & theirs) / either if either else 1.0
 
     @cached_property
-    def _pairs(self) -> frozenset[tuple[Edge, str | None]]:
-        """Edges with their spans; None for everywhere."""
-        return frozenset((edge, span) for edge in self.scores for span in self.spans.get(edge, (None,)))
+    def _members(self) -> frozenset[tuple[Edge | str, str | int | None]]:
+        """Edges with their spans, None for everywhere; MLPs with their neurons."""
+        pairs = {(edge, span) for edge in self.scores for span in self.spans.get(edge, (None,))}
+        return frozenset(pairs | {(mlp, neuron) for mlp, kept in self.neurons.items() for neuron in kept})
 
     def _combined(
         self,
@@ -302,19 +334,23 @@ class Circuit:
         other: Circuit,
         scores: Mapping[Edge, float | None],
         spans: Mapping[Edge, Mapping[str, float | None]],
+        neurons: Mapping[str, Mapping[int, float | None]],
     ) -> Circuit:
         sources = {"left": self.provenance, "right": other.provenance}
         # The score of an edge at some of its spans is the sum of theirs.
         scores = {edge: total(spans.get(edge, {}).values(), score) for edge, score in scores.items()}
-        return Circuit(self.shape, scores, {"method": operation, **sources}, spans=spans)
+        return Circuit(self.shape, scores, {"method": operation, **sources}, spans=spans, neurons=touched(neurons, scores))
 
     def _check_same_grain(self, other: Circuit, *, only_left: bool = False) -> None:
-        for edge in self.scores.keys() & other.scores.keys():
+        shared = [edge for edge in self.scores if edge in other.scores]
+        for edge in shared:
             if (edge in self.spans) != (edge in other.spans) and not (only_left and edge in self.spans):
                 raise GraphError(
                     f"{edge} is at all positions in one of these circuits and at some spans in the other, and which spans there "
                     "are is not known here. Compare the edges alone: circuit.everywhere()."
                 )
+        ends = {end for edge in shared for end in edge[:2]} if only_left else {*self.nodes} & {*other.nodes}
+        check_same_neurons(self.neurons, other.neurons, ends, only_left=only_left)
 
     def _check_same_shape(self, other: Circuit) -> None:
         if self.shape != other.shape:
@@ -328,8 +364,8 @@ class Circuit:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mappingproxy can be neither copied nor pickled.
-        spans = {edge: dict(scores) for edge, scores in self.spans.items()}
-        return Circuit, (self.shape, dict(self.scores), dict(self.provenance), dict(self.report), spans)
+        spans, neurons = ({key: dict(scores) for key, scores in each.items()} for each in (self.spans, self.neurons))
+        return Circuit, (self.shape, dict(self.scores), dict(self.provenance), dict(self.report), spans, neurons)
 
     # --- taking it elsewhere
 
@@ -344,19 +380,7 @@ class Circuit:
         that push in opposite directions cancel) and ``weight`` (the sum of absolute values: they do not). A
         new object.
         """
-        plain: nx.DiGraph[str] = nx.DiGraph(**self.graph.graph)
-        plain.add_nodes_from(self.graph.nodes(data=True))
-        for src, dst, port, data in self.graph.edges(keys=True, data=True):
-            if not plain.has_edge(src, dst):
-                place = {key: data[key] for key in ("kind", "layer", "head") if key in data}
-                plain.add_edge(src, dst, ports=port, **place)
-            else:
-                plain[src][dst]["ports"] += "," + port
-            if "score" in data:
-                merged = plain[src][dst]
-                merged["score"] = merged.get("score", 0.0) + data["score"]
-                merged["weight"] = merged.get("weight", 0.0) + abs(data["score"])
-        return plain
+        return collapsed(self.graph)
 
     def to_frame(self) -> pd.DataFrame:
         """A table of the scored edges with the columns ``src dst port value``; needs pandas.
@@ -390,7 +414,8 @@ class Circuit:
             )
         content = {
             "format": FORMAT,
-            "version": VERSION if self.spans else 1,
+            # As old a version as can say it: more can read that.
+            "version": VERSION if self.neurons else 2 if self.spans else 1,
             "shape": {f.name: getattr(self.shape, f.name) for f in fields(self.shape)},
             "provenance": dict(self.provenance),
             "report": dict(self.report),
@@ -398,6 +423,8 @@ class Circuit:
         }
         if self.spans:
             content["spans"] = {str(edge): dict(scores) for edge, scores in self.spans.items()}
+        if self.neurons:
+            content["neurons"] = {mlp: dict(scores) for mlp, scores in self.neurons.items()}
         write_atomically(target, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
         return target
 
@@ -419,8 +446,9 @@ class Circuit:
             edges = {Edge.parse(text): as_score(text, score) for text, score in content["edges"].items()}
             said = {key: plain_mapping(content.get(key, {}), key) for key in ("provenance", "report")}
             spans = {Edge.parse(text): scores for text, scores in content.get("spans", {}).items()}
-            return cls(shape, edges, **said, spans=spans)
-        except (KeyError, TypeError, AttributeError, GraphError) as error:
+            neurons = {mlp: {int(i): s for i, s in scores.items()} for mlp, scores in content.get("neurons", {}).items()}
+            return cls(shape, edges, **said, spans=spans, neurons=neurons)
+        except (KeyError, TypeError, ValueError, AttributeError, GraphError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise FileFormatError(f"{path} is a circuit file, but a broken one: {reason}") from error
 
@@ -429,6 +457,7 @@ class Circuit:
     def __repr__(self) -> str:
         edges = f"{counted(len(self), 'edge')} ({self.n_connected} connected) of {self.shape.n_edges}"
         at = f", {counted(self.n_pairs, 'pair')} of edge and span" if self.spans else ""
+        at += f", {counted(self.n_neurons, 'neuron')} of {counted(len(self.neurons), 'MLP')}" if self.neurons else ""
         return f"Circuit: {edges}{at}, {counted(len(self.nodes), 'node')}" + (f", {self.origin}" if self.origin else "")
 
     def _repr_svg_(self) -> str | None:
@@ -436,34 +465,3 @@ class Circuit:
         from mechinterp.graph.draw import draw
 
         return draw(self)._repr_svg_()
-
-
-def check_circuit(circuit: object) -> None:
-    """Refuse what is not a `Circuit`.
-
-    Raises
-    ------
-    GraphError
-        A file's name, or something else.
-    """
-    if isinstance(circuit, str | os.PathLike):
-        raise GraphError(f"the name {os.fspath(circuit)!r} was given where a circuit belongs; load it: mi.Circuit.load(path)")
-    if not isinstance(circuit, Circuit):
-        raise GraphError(
-            f"a {type(circuit).__name__} was given where a circuit belongs: the circuit comes first, then model and task"
-        )
-
-
-def check_everywhere(circuit: Circuit, what: str) -> None:
-    """Refuse a circuit of which some edges carry at some spans alone.
-
-    Raises
-    ------
-    GraphError
-        It has spans.
-    """
-    if circuit.spans:
-        raise GraphError(
-            f"{what} knows edges at all positions alone, and {counted(len(circuit.spans), 'edge')} of this circuit "
-            f"{'carries' if len(circuit.spans) == 1 else 'carry'} at some spans. For the bare edges: circuit.everywhere()."
-        )

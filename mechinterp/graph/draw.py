@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,7 @@ def draw(
     grouped-query models are joined to their query heads by dotted lines. Layers that the picture does not
     need are left out, which three dots at the left say. Edges that carry at some spans of the prompts say at
     which: by name, or by numbers that the key explains; of more than 150 edges on hovering alone.
+    An MLP that keeps some of its neurons says how many.
 
     Parameters
     ----------
@@ -88,6 +90,8 @@ def draw(
     title = circuit.origin if title is None else title
     drawable = circuit.connected() if connected else circuit
     shown = strongest(drawable, max_edges, connected)
+    for mlp, kept in shown.neurons.items():
+        named[mlp] = " · ".join(filter(None, (named.get(mlp), counted(len(kept), "neuron"))))
     return Diagram(shown, title=title, caption=caption_of(circuit, shown, connected), labels=named, of=circuit)
 
 
@@ -195,13 +199,27 @@ def strongest(circuit: Circuit, n: int, connected: bool) -> Circuit:
     if len(circuit) <= n:
         return circuit
     index = index_of(circuit.shape)
-    size = {i: abs(score or 0.0) for i, score in zip(index.positions(circuit), circuit.scores.values(), strict=True)}
+    scores: Iterable[float | None] = circuit.scores.values()
+    if not any(scores):
+        # Edges among chosen nodes have no scores of their own: those among the best nodes are drawn.
+        sizes = node_sizes(circuit)
+        scores = [min(sizes.get(edge.src, 0.0), sizes.get(edge.dst, 0.0)) for edge in circuit]
+    size = {i: abs(score or 0.0) for i, score in zip(index.positions(circuit), scores, strict=True)}
     ranked = sorted(size, key=lambda i: (-size[i], i))
     keep = best_connected(index, ranked, n)[1] if connected else []
     if not 0 < len(keep) <= n:
         # Where nothing of that size is connected, edges that dangle are better than none.
         keep = ranked[:n]
     return circuit.only(index.edges[i] for i in keep)
+
+
+def node_sizes(circuit: Circuit) -> dict[str, float]:
+    """The size of each node's score: of a KV head its best query head's, of an MLP that of its neurons together."""
+    shape, known = circuit.shape, circuit.provenance.get("selection", {}).get("node_scores", {})
+    sizes = {name: abs(score) for name, score in known.items() if name in shape.nodes}
+    sizes |= {mlp: sum(abs(score or 0.0) for score in kept.values()) for mlp, kept in circuit.neurons.items()}
+    best = {name: max(sizes.get(head, 0.0) for head in heads) for name in circuit.nodes if (heads := shape.heads_of(name))}
+    return sizes | best | {"embed": math.inf, "logits": math.inf}
 
 
 def caption_of(circuit: Circuit, shown: Circuit, connected: bool) -> str:
@@ -218,4 +236,7 @@ def caption_of(circuit: Circuit, shown: Circuit, connected: bool) -> str:
         which = f"The strongest {len(shown)}" + (" that connect," if connected else "")
         drawn = f"{which} of {counted(total, 'edge')} in the circuit"
     at = f" They carry at some spans of the prompts: {counted(shown.n_pairs, 'pair')} of edge and span." if shown.spans else ""
+    if shown.neurons:
+        keep = "keeps" if len(shown.neurons) == 1 else "keep"
+        at += f" {counted(len(shown.neurons), 'MLP')} {keep} {counted(shown.n_neurons, 'neuron')} alone."
     return f"{drawn}, {circuit.shape.n_edges} in the model.{at}"

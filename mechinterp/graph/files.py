@@ -13,8 +13,8 @@ from mechinterp.errors import FileFormatError
 __all__ = ["FORMAT", "VERSION", "file_of", "read_content", "write_atomically"]
 
 FORMAT: Final = "mechinterp-circuit"
-# A circuit without spans is written as version 1, which knew none.
-VERSION: Final = 2
+# 1 knew no spans, and 2 no neurons; a circuit without them is written as what it would have been.
+VERSION: Final = 3
 
 
 def file_of(path: Path) -> Path:

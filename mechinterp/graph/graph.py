@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -99,6 +99,38 @@ def build_graph(shape: GraphShape, nodes: Iterable[str], edges: Iterable[tuple[E
         if kv_node in places:
             graph.add_edge(kv_node, name, key=STRUCTURAL_PORT, kind="structural", **place)
     return graph
+
+
+def collapsed(graph: nx.MultiDiGraph[str]) -> nx.DiGraph[str]:
+    """The same with one edge for all ports, see `mechinterp.graph.Circuit.collapse`."""
+    plain: nx.DiGraph[str] = nx.DiGraph(**graph.graph)
+    plain.add_nodes_from(graph.nodes(data=True))
+    for src, dst, port, data in graph.edges(keys=True, data=True):
+        if not plain.has_edge(src, dst):
+            place = {key: data[key] for key in ("kind", "layer", "head") if key in data}
+            plain.add_edge(src, dst, ports=port, **place)
+        else:
+            plain[src][dst]["ports"] += "," + port
+        if "score" in data:
+            merged = plain[src][dst]
+            merged["score"] = merged.get("score", 0.0) + data["score"]
+            merged["weight"] = merged.get("weight", 0.0) + abs(data["score"])
+    return plain
+
+
+def edges_among(shape: GraphShape, nodes: Collection[str]) -> tuple[Edge, ...]:
+    """Every edge whose two ends are among these nodes; the embedding and the logits always are.
+
+    A KV head is among them where one of its query heads is.
+
+    Examples
+    --------
+    >>> [str(edge) for edge in edges_among(GraphShape(n_layers=1, n_heads=2), {"a0.h1"})]
+    ['embed->a0.h1<q>', 'embed->a0.h1<k>', 'embed->a0.h1<v>', 'embed->logits', 'a0.h1->logits']
+    """
+    present = {"embed", "logits", *nodes}
+    present |= {kv for node in nodes if (kv := shape.kv_node(node)) is not None}
+    return tuple(edge for edge in scored_edges(shape) if edge.src in present and edge.dst in present)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,7 +40,8 @@ def inflate(circuit: Circuit, *, seed: int) -> tuple[Circuit, tuple[Edge, ...]]:
         path = _walk(index, out_of, generator)
         new = tuple(edge for edge in path if edge not in circuit.scores)
         if new:
-            return Circuit(circuit.shape, {**circuit.scores, **dict.fromkeys(new)}, spans=circuit.spans), new
+            more = {**circuit.scores, **dict.fromkeys(new)}
+            return Circuit(circuit.shape, more, spans=circuit.spans, neurons=circuit.neurons), new
 
 
 def _walk(index: EdgeIndex, out_of: dict[int, list[int]], generator: random.Random) -> list[Edge]:

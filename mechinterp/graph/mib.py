@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mechinterp.errors import FileFormatError, GraphError
-from mechinterp.graph.circuit import Circuit, check_everywhere
+from mechinterp.graph.checks import check_everywhere
+from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.files import write_atomically
 from mechinterp.graph.graph import scored_edges
 from mechinterp.graph.nodes import Edge, GraphShape
@@ -93,7 +94,7 @@ def save_mib(circuit: Circuit, path: str | os.PathLike[str], *, d_model: int, sc
     Raises
     ------
     GraphError
-        A model without MLPs, or a circuit with spans, which the format cannot say.
+        A model without MLPs, or a circuit with spans or neurons, which the format cannot say.
     """
     check_everywhere(circuit, "A MIB file")
     shape = circuit.shape

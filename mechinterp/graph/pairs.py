@@ -1,4 +1,4 @@
-"""From scores of edges at spans of the prompts to circuits whose edges carry at some spans alone."""
+"""From scores of edges at spans of the prompts to circuits whose edges carry at some spans alone; and random ones like them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Literal
 from mechinterp.errors import GraphError, did_you_mean
 from mechinterp.graph.circuit import Circuit
 from mechinterp.graph.connect import best_connected
-from mechinterp.graph.graph import index_of
+from mechinterp.graph.graph import edges_among, index_of
 from mechinterp.graph.nodes import Edge, GraphShape
 from mechinterp.graph.select import check_threshold, edge_class, grown, random_edges, size_of
 
-__all__ = ["best_pairs", "random_pairs"]
+__all__ = ["best_pairs", "random_neurons", "random_pairs"]
 
 _RULES = ("connected", "top", "greedy")
 
@@ -101,13 +101,66 @@ def best_pairs(
     return Circuit(index.shape, totals, {**(provenance or {}), "selection": said}, spans=spans)
 
 
-def random_pairs(like: Circuit, *, seed: int) -> Circuit:
+def random_neurons(like: Circuit, *, seed: int, d_mlp: int) -> Circuit:
+    """What would a circuit of so many heads and so many neurons be worth if they were chosen by chance?
+
+    As many heads and MLPs as in the connected part of ``like`` are drawn, each as likely as any other of its kind. Every MLP
+    takes the number of neurons of one of those of ``like`` (or all, as that one does), drawn from all of its own. The edges are
+    all those among them; where ``like`` lacks some of its own, as large a share of them, drawn by chance.
+
+    Parameters
+    ----------
+    like
+        The circuit to match.
+    seed
+        Of the random generator, which is the function's own.
+    d_mlp
+        How many neurons an MLP has.
+
+    Returns
+    -------
+    Circuit
+        Without scores.
+
+    Examples
+    --------
+    >>> shape = GraphShape(n_layers=4, n_heads=4)
+    >>> like = Circuit.from_edges(shape, edges_among(shape, {"a1.h0", "m2"})).with_neurons(["m2.n3", "m2.n5"])
+    >>> random_neurons(like, seed=0, d_mlp=8).n_neurons
+    2
+    """
+    generator, live, shape = random.Random(seed), like.connected(), like.shape
+    kinds = {kind: [name for name in live.nodes if shape.parse(name).kind == kind] for kind in ("head", "mlp")}
+    drawn = {
+        kind: generator.sample([name for name in shape.nodes if shape.parse(name).kind == kind], len(names))
+        for kind, names in kinds.items()
+    }
+    counts = [len(live.neurons[mlp]) if mlp in live.neurons else None for mlp in kinds["mlp"]]
+    neurons = {
+        mlp: dict.fromkeys(sorted(generator.sample(range(d_mlp), n)))
+        for mlp, n in zip(drawn["mlp"], counts, strict=True)
+        if n is not None
+    }
+    edges = edges_among(shape, [*drawn["head"], *drawn["mlp"]])
+    share = len(live) / max(1, len(edges_among(shape, live.nodes)))
+    if share < 1:
+        edges = tuple(generator.sample(edges, round(share * len(edges))))
+    ends = {end for edge in edges for end in edge[:2]}
+    provenance = {"method": "random", "selection": {"rule": "random", "match": "nodes and neurons", "seed": seed}}
+    return Circuit(shape, dict.fromkeys(edges), provenance, neurons={mlp: n for mlp, n in neurons.items() if mlp in ends})
+
+
+def random_pairs(like: Circuit, *, seed: int, d_mlp: int | None = None) -> Circuit:
     """What would a circuit of so many edges at so many spans be worth if the edges were chosen by chance?
 
-    Edges as `random_edges` draws them. Each takes the spans of one of the connected edges of ``like``, drawn by chance from those
-    of its kind, so that there are as many pairs at each span, but for the few edges that are of another kind.
+    Edges as `random_edges` draws them; of a circuit with neurons as `random_neurons` does, which takes ``d_mlp``. Each takes the
+    spans of one of the connected edges of ``like``, drawn by chance from those of its kind, so that there are as many pairs at
+    each span, but for the few edges that are of another kind.
     """
-    drawn, live = random_edges(like, seed=seed), like.connected()
+    live = like.connected()
+    if live.neurons and d_mlp is None:
+        raise GraphError("this circuit keeps some neurons of MLPs; say how many there are to draw from: d_mlp=model.cfg.d_mlp")
+    drawn = random_neurons(like, seed=seed, d_mlp=d_mlp or 0) if live.neurons else random_edges(like, seed=seed)
     if not live.spans:
         return drawn
     generator = random.Random(seed)

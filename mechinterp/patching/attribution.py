@@ -19,6 +19,7 @@ from mechinterp.patching.activation import grid_of
 from mechinterp.patching.compare import Direction, MetricLike, ablated_values, compare_runs, unit_of
 from mechinterp.patching.ends import own_ends
 from mechinterp.patching.gradients import check_gradient, path_points
+from mechinterp.patching.neurons import neurons_of
 from mechinterp.patching.readers import EMBED, layout_of
 from mechinterp.patching.relevance import check_relevance
 from mechinterp.patching.scores import RULES, EdgeScores, SiteScores, nodes_of
@@ -33,7 +34,7 @@ def attribute(
     task: Task,
     at: str | Site | Selection | None = None,
     *,
-    unit: Literal["node", "edge"] = "node",
+    unit: Literal["node", "neuron", "edge"] = "node",
     steps: int | Sequence[int | float] = 0,
     path: Literal["inputs", "activations"] = "inputs",
     rules: Literal["gradient", "relp", "qk-fix", "grad-drop", "atp-star"] = "gradient",
@@ -59,8 +60,8 @@ def attribute(
         Estimate the effects of these sites, on the axes that `mechinterp.patch` would give. Default: all nodes
         (embed, heads, MLPs).
     unit
-        ``"node"``, or ``"edge"``: every edge of the computation graph; on grouped-query models keys and values are
-        read by the KV head.
+        ``"node"``; ``"neuron"``: the embedding, heads and neurons (``m3.n12``, of ``mlp_post``) in the place of MLPs; or
+        ``"edge"``: every edge of the computation graph; on grouped-query models keys and values are read by the KV head.
     steps
         0: gradient at the receiving run (attribution patching, EAP). m: integrated gradients over m midpoints of the
         line between the two prompts' token embeddings (EAP-IG inputs). A sequence: these points of that line.
@@ -93,6 +94,8 @@ def attribute(
 
     Raises
     ------
+    GraphError
+        Neurons of a mixture of experts.
     MetricError
         The metric has no gradient, or (KL at the clean run) it vanishes there; a path with rules that have none.
     ModelError
@@ -121,10 +124,10 @@ def attribute(
     ('edge',)
     """
     check_model_and_task(model, task)
-    if unit not in ("node", "edge"):
-        raise MetricError(f"unit={unit!r}: write 'node' or 'edge'")
-    if unit == "edge" and at is not None:
-        raise SelectorError("unit='edge' scores every edge; a selector goes with unit='node'")
+    if unit not in ("node", "neuron", "edge"):
+        raise MetricError(f"unit={unit!r}: write 'node', 'neuron' or 'edge'")
+    if unit != "node" and at is not None:
+        raise SelectorError(f"unit={unit!r} scores every {unit}; a selector goes with unit='node'")
     selector = at
     if at is not None:
         at, task = own_ends(model, at, task)
@@ -149,8 +152,10 @@ def attribute(
     scorer: EdgeScores | SiteScores
     if unit == "edge":
         scorer = EdgeScores(model, rule, spans)
+    elif at is not None:
+        scorer = SiteScores(model, grid_of(model, at, task.clean.shape[1], over), rule)
     else:
-        scorer = SiteScores(model, nodes_of(model) if at is None else grid_of(model, at, task.clean.shape[1], over), rule)
+        scorer = SiteScores(model, neurons_of(model) if unit == "neuron" else nodes_of(model), rule)
     lines = layout_of(model).written.sites if path == "activations" else (EMBED,)
     memory = budget_of(model, memory, at_most=2 << 30)
     parts = _parts(model, task, scorer.bytes_per_token, memory)

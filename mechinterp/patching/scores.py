@@ -117,8 +117,9 @@ class SiteScores(_Scores):
         mixed = Selection(tuple(dict.fromkeys(Site("z", site.layer) for site in self.replayed)))
         self.hooked = Selection(tuple(site for site in self.wanted if site not in self.replayed)) | mixed
         cfg = model.cfg
-        kept = 3 * len(self.wanted) + (len(mixed) * len(self.drops) if mixed else 0)
-        self.bytes_per_token = 4 * (kept * cfg.d_model + len(self.drops) * len(grid.cells))
+        widths = sum(max(cfg.d_model, cfg.d_mlp) if "d_mlp" in site.kind.axes else cfg.d_model for site in self.wanted)
+        kept = 3 * widths + (len(mixed) * len(self.drops) * cfg.d_model if mixed else 0)
+        self.bytes_per_token = 4 * (kept + len(self.drops) * len(grid.cells))
 
     def score(self, runs: Comparison, points: Sequence[float], lines: Sequence[Site], memory: int, bar: Any) -> Tensor:
         """``[1 cell batch]``, or where layers are dropped the plain and the absolute scores ``[2 cell batch]``."""
@@ -143,10 +144,20 @@ class SiteScores(_Scores):
         parts = Cache(self.model, plain, product, runs.task.positions)
         batch = len(runs.task)
         nothing = torch.zeros(batch, device=runs.tokens.device)
+        # Neurons come by the thousand: their sums over positions are made together.
+        neurons: dict[Site, tuple[Tensor, ...]] = {}
+
+        def total(site: Site) -> Tensor:
+            if site != Site(site.name, site.layer, neuron=site.neuron) or site.neuron is None or product[site.whole].ndim != 3:
+                return parts[site].reshape(batch, -1).sum(dim=-1)
+            if site.whole not in neurons:
+                neurons[site.whole] = product[site.whole].sum(dim=1).unbind(dim=1)
+            return neurons[site.whole][site.neuron]
+
         rows = []
         for cell in self.grid.cells:
-            each = [parts[site].reshape(batch, -1).sum(dim=-1) for site in cell if site.whole not in self.replayed]
-            rows.append(torch.stack(each).sum(dim=0) if each else nothing)
+            each = [total(site) for site in cell if site.whole not in self.replayed]
+            rows.append(sum(each[1:], each[0]) if each else nothing)
         return torch.stack(rows)
 
     def _fix(self, scores: Tensor, runs: Comparison, slopes: Sequence[Mapping[Site, Tensor]], memory: int) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 import mechinterp as mi
-from mechinterp.discovery.choosing import edges_among, node_scores
+from mechinterp.discovery.choosing import node_scores
 from mechinterp.errors import GraphError
+from mechinterp.graph.graph import edges_among
 
 TOYS = ["induction", "gqa_induction", "copy", "memory"]
 

@@ -194,7 +194,7 @@ BROKEN = [
     ("not json", "is not JSON (Expecting value"),
     ("[]", "is not a circuit: its format is 'list', not 'mechinterp-circuit'. Circuits are JSON files"),
     ('{"format": "other"}', "is not a circuit: its format is 'other'"),
-    ({**VALID, "version": 3}, "is of version 3; this mechinterp reads versions 1 to 2. Upgrade mechinterp."),
+    ({**VALID, "version": 4}, "is of version 4; this mechinterp reads versions 1 to 3. Upgrade mechinterp."),
     ({key: VALID[key] for key in ("format", "version", "shape")}, "but a broken one: it lacks 'edges'"),
     ({**VALID, "shape": {"layers": 2}}, "but a broken one:"),
     ({**VALID, "shape": None}, "but a broken one:"),

@@ -289,7 +289,7 @@ def test_nothing_before_the_first_difference(setting: Any) -> None:
             "'accuracy' has a zero gradient almost everywhere, so estimates of it are all zero; use metric='logit_diff', or "
             "measure it exactly with mi.patch",
         ),
-        ({"unit": "edges"}, MetricError, "unit='edges': write 'node' or 'edge'"),
+        ({"unit": "edges"}, MetricError, "unit='edges': write 'node', 'neuron' or 'edge'"),
         (
             {"unit": "edge", "at": "L*.z"},
             SelectorError,
