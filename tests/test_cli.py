@@ -11,29 +11,12 @@ from typing import Any
 
 import networkx as nx
 import pytest
-from typer.testing import CliRunner
 
 import mechinterp as mi
-from mechinterp import asking, cli
+from mechinterp import cli
+from tests.commands import call, refused
 
 COMMANDS = ("discover", "evaluate", "verify", "draw", "patch", "tasks", "models")
-
-
-def call(*words: object) -> str:
-    result = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return str(result.stdout)
-
-
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """What a call that has to fail says on the error stream, in one line."""
-    monkeypatch.setattr(sys, "argv", ["mechinterp", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    told = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert "Traceback" not in told
-    return " ".join(told.split())
 
 
 @pytest.fixture(scope="module")
@@ -141,51 +124,6 @@ def test_discover_says_where_another_number_was_found_than_asked_for(tmp_path: P
     assert (selection["n"], selection["found"]) == (12, len(circuit)) and len(circuit) < 12
     assert f" nodes (acdc; 12 asked for, {len(circuit)} found)\n" in told
     assert "asked for" not in found[1].splitlines()[0]
-
-
-def test_options_of_a_task_are_passed_on_and_judged_with(tmp_path: Path) -> None:
-    words = ("induction", "--model", "toy:induction", "--option", "corruption=value", "--option", "repeat=4")
-    call("discover", *words, "--edges", 5, "--n", 8, "--random-circuits", 0, "--out", tmp_path)
-    circuit = mi.Circuit.load(tmp_path)
-    made = circuit.provenance["task_provenance"]
-    assert (made["corruption"], made["repeat"]) == ("value", 4)
-    # Fresh prompts are made in the same way, though it is not said again.
-    model = mi.load("toy:induction")
-    for seed in (1, 2):
-        fresh = cli._fresh(circuit, model, None, None, 4, seed)
-        assert (fresh.provenance["corruption"], fresh.provenance["repeat"], fresh.provenance["seed"]) == ("value", 4, seed)
-
-
-def test_every_generator_has_its_options() -> None:
-    known = {name: tuple(asking.generator_options(make)) for name, make in mi.tasks.TASKS.items()}
-    assert known == {
-        "ioi": ("corruption", "order", "bos"),
-        "greater_than": ("bos",),
-        "induction": ("length", "repeat", "corruption", "bos"),
-        "agreement": ("bos",),
-        "gender": ("bos",),
-        "docstring": ("corruption", "bos"),
-    }
-    assert asking.task_options("induction", None, ["length=9", "bos=false"]) == {"length": 9, "bos": False}
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("ioi", "--option", "ordr=ABBA"), "the task 'ioi' has no option 'ordr'. Did you mean 'order'?"),
-        (("ioi", "--option", "names=Mary"), "the task 'ioi' has no option 'names'. There are: corruption, order, bos."),
-        (("ioi", "--option", "bos=maybe"), "--option bos=maybe: bos is a number, or true or false"),
-        (("ioi", "--option", "ABBA"), "--option ABBA: write NAME=VALUE, such as order=ABBA"),
-        (
-            ("toy", "--model", "toy:copy", "--option", "order=ABBA"),
-            "--option order=ABBA is of a named task, and these prompts are pairs of their own; leave it out",
-        ),
-    ],
-)
-def test_options_that_no_task_has(
-    words: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert refused(monkeypatch, capsys, "discover", *words) == f"mechinterp: {message}"
 
 
 def test_discover_takes_pairs_of_ones_own(tmp_path: Path) -> None:

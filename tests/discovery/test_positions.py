@@ -352,7 +352,8 @@ def test_random_circuits_have_as_many_pairs(settings: Any, named: mi.Task) -> No
     every = replace(mi.Circuit.full(model), spans={edge: {"changed" if i % 2 else "late": 1.0} for i, edge in enumerate(full)})
     dealt = [random_pairs(every, seed=seed) for seed in range(3)]
     assert all(each.edges == every.edges and each.n_pairs == every.n_pairs for each in dealt)
-    assert len({each._pairs for each in dealt} | {every._pairs}) == 4
+    pairs = {frozenset((edge, *spans) for edge, spans in each.spans.items()) for each in (every, *dealt)}
+    assert len(pairs) == 4
     assert all(score is None for each in dealt for spans in each.spans.values() for score in spans.values())
     report = mi.evaluate(like, model, named, seed=0, random_circuits=2)
     assert report.pairs == like.n_pairs
