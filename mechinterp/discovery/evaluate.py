@@ -99,9 +99,7 @@ class Report:
                 f"mean of ratios {self.mean_of_ratios:.3f}",
                 f"  {self._chance()}",
                 f"  accuracy: model {self.model_accuracy:.3f}, circuit {self.circuit_accuracy:.3f}{away}",
-                f"  {self.edges} edges, {self.connected} connected, of {self.all_edges}; {self.nodes} nodes"
-                + ("" if self.pairs is None else f"; {self.pairs} connected pairs of edge and span")
-                + ("" if self.neurons is None else f"; {self.neurons} neurons in the place of whole MLPs"),
+                f"  {self.size}",
                 f"  {self.forwards} forward passes over the prompts, {self.seconds:.1f} s",
                 *(f"  {line}" for line in told(self.further)),
                 *(f"  caution: {caveat}" for caveat in self.caveats),
@@ -115,6 +113,13 @@ class Report:
         low, high = self.random_interval
         mean = f"mean {self.random_mean:.3f} ({low:.3f} to {high:.3f})"
         return f"{counted(n, 'random circuit')} of equal size: {mean}; beaten {self.beats_random}"
+
+    @property
+    def size(self) -> str:
+        """How large the circuit is, in words."""
+        pairs = "" if self.pairs is None else f"; {self.pairs} connected pairs of edge and span"
+        neurons = "" if self.neurons is None else f"; {self.neurons} neurons in the place of whole MLPs"
+        return f"{self.edges} edges, {self.connected} connected, of {self.all_edges}; {self.nodes} nodes{pairs}{neurons}"
 
     @property
     def random_mean(self) -> float:

@@ -30,7 +30,7 @@ def html_of(report: Report) -> str:
         (report.metric, f"clean {report.clean:.3f}, corrupt {report.corrupt:.3f}, circuit {report.circuit:.3f}"),
         ("accuracy", f"model {report.model_accuracy:.3f}, circuit {report.circuit_accuracy:.3f}"),
         *([] if report.kl is None else [("KL from the model", f"{max(report.kl, 0.0):.3f} nats")]),
-        ("size", f"{report.connected} connected of {report.edges} edges, of {report.all_edges}; {report.nodes} nodes"),
+        ("size", report.size),
         (
             "ablation",
             report.ablation if report.ablation == "resample" else f"{report.ablation}; of everything {report.empty:.3f}",
