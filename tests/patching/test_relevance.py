@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,19 +29,19 @@ class Relevance(Reference):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, head: int) -> Tensor:
         return super().attend(q.detach(), k.detach(), v, layer, head)
 
-    def mlp(self, x: Tensor, layer: int) -> Tensor:
+    def mlp(self, x: Tensor, layer: int, act: Callable[[Tensor], Tensor] = lambda own: own) -> Tensor:
         if not self.is_llama:
             name = f"transformer.h.{layer}"
             before = self.norm(x, f"{name}.ln_2") @ self.w[f"{name}.mlp.c_fc.weight"] + self.w[f"{name}.mlp.c_fc.bias"]
             hidden = (torch.nn.functional.gelu(before, approximate="tanh") / before).detach() * before
-            return hidden @ self.w[f"{name}.mlp.c_proj.weight"] + self.w[f"{name}.mlp.c_proj.bias"]
+            return act(hidden) @ self.w[f"{name}.mlp.c_proj.weight"] + self.w[f"{name}.mlp.c_proj.bias"]
         name = f"model.layers.{layer}"
         x = self.norm(x, f"{name}.post_attention_layernorm")
         gate, up = (x @ self.w[f"{name}.mlp.{part}_proj.weight"].T for part in ("gate", "up"))
         opened = (torch.nn.functional.silu(gate) / gate).detach() * gate
         product = (opened * up.detach() + opened.detach() * up) / 2
         # Half of each, so that their sum is the product itself.
-        return product @ self.w[f"{name}.mlp.down_proj.weight"].T
+        return act(product) @ self.w[f"{name}.mlp.down_proj.weight"].T
 
 
 @pytest.mark.parametrize("unit", ["edge", "node"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,8 +27,8 @@ class Dropping(Reference):
         out = super().attend(q, k, v, layer, head)
         return out.detach() if layer == self.dropped else out
 
-    def mlp(self, x: Tensor, layer: int) -> Tensor:
-        out = super().mlp(x, layer)
+    def mlp(self, x: Tensor, layer: int, act: Callable[[Tensor], Tensor] = lambda own: own) -> Tensor:
+        out = super().mlp(x, layer, act)
         return out.detach() if layer == self.dropped else out
 
 
