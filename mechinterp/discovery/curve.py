@@ -28,7 +28,7 @@ from mechinterp.tasks import Task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MIB_FRACTIONS", "SizeCurve", "size_curve"]
+__all__ = ["MIB_FRACTIONS", "SizeCurve", "points_of", "size_curve"]
 
 MIB_FRACTIONS: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The shares of all edges at which the Mechanistic Interpretability Benchmark reads the curve."""
@@ -164,9 +164,7 @@ class SizeCurve:
     def __repr__(self) -> str:
         on_connected = self.area("connected")
         until = "" if self.complete else f"; up to {self.fractions[-1]:.3g} of the edges, so not comparable with whole curves"
-        # Several shares may come to the same edges, above all to none.
-        sizes = dict(zip(self.connected, self.faithfulness.tolist(), strict=True))
-        points = ", ".join(f"{n}: {f:.3f}" for n, f in sizes.items())
+        points = points_of(self.connected, self.faithfulness.tolist())
         return "\n".join(
             [
                 f"SizeCurve: {self._title()}",
@@ -310,6 +308,11 @@ def _sizes(
             "scores of all edges: mi.attribute(model, task, unit='edge')"
         )
     return shares, sizes
+
+
+def points_of(connected: Sequence[int], faithfulness: Sequence[float]) -> str:
+    """Faithfulness at each number of connected edges, in a line; several shares may come to the same edges, above all to none."""
+    return ", ".join(f"{n}: {f:.3f}" for n, f in dict(zip(connected, faithfulness, strict=True)).items())
 
 
 def _trapezoid(places: Sequence[float], values: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from mechinterp.core.ablation import Ablation
 from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
-from mechinterp.discovery.curve import size_curve
+from mechinterp.discovery.curve import points_of, size_curve
 from mechinterp.discovery.faithfulness import faithfulness
 from mechinterp.discovery.hypotheses import hypotheses_of, other_circuits
 from mechinterp.discovery.removals import completeness, drawn_edges, drops_of, knocked_out
@@ -156,7 +156,7 @@ def told(further: Mapping[str, Any]) -> Iterator[str]:
         )
     if "curve" in further:
         each = further["curve"]
-        points = ", ".join(f"{n}: {f:.3f}" for n, f in zip(each["connected"], each["faithfulness"], strict=True))
+        points = points_of(each["connected"], each["faithfulness"])
         yield (
             f"over all sizes CPR {each['cpr']:.3f}, CMD {each['cmd']:.3f} ({each['cpr_connected']:.3f}, "
             f"{each['cmd_connected']:.3f} over connected edges); faithfulness by connected edges {points}"

@@ -80,6 +80,9 @@ def test_sentences(one: Any, circuit: mi.Circuit, scores: mi.Effects) -> None:
     assert len(lines) == len(starts)
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
     assert all(line in repr(report) for line in lines)
+    # Each size once: of few edges several shares come to none.
+    sizes = [point.split(":")[0] for point in lines[-2].split("connected edges ")[1].split(", ")]
+    assert sizes == list(map(str, dict.fromkeys(report.further["curve"]["connected"]))) and "0" in sizes
 
 
 def test_what_is_asked_in_vain(one: Any, circuit: mi.Circuit, scores: mi.Effects) -> None:
