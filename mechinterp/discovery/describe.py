@@ -21,6 +21,9 @@ from mechinterp.tasks import Task
 
 __all__ = ["HeadStory", "describe"]
 
+# Edges that are told of a head.
+_SHOWN = 4
+
 
 @dataclass(frozen=True)
 class HeadStory:
@@ -37,7 +40,7 @@ class HeadStory:
     attends_to
         Where it looks from there, strongest first, with mean attention.
     reads, writes
-        Its strongest edges in the circuit.
+        Its strongest edges in the circuit; none of many without scores, as in circuits of nodes and neurons.
     role
         A word for what this pattern is usually called, or ``""``. A description of attention, not a proof.
     error
@@ -61,7 +64,8 @@ class HeadStory:
     def __str__(self) -> str:
         looks = ", ".join(f"{where} ({share:.0%})" for where, share in self.attends_to)
         name = f" [{self.role}]" if self.role else ""
-        return f"{self.node}{name}: {self.effect:+.2f}; at {self.at[0]} attends to {looks}; writes to {', '.join(self.writes)}"
+        writes = f"; writes to {', '.join(self.writes)}" if self.writes else ""
+        return f"{self.node}{name}: {self.effect:+.2f}; at {self.at[0]} attends to {looks}{writes}"
 
 
 def describe(circuit: Circuit, model: Model, task: Task, *, heads: int = 12) -> tuple[HeadStory, ...]:
@@ -173,7 +177,10 @@ def _places(task: Task) -> tuple[list[str], Tensor]:
 
 
 def _strongest(edges: list[Edge], circuit: Circuit, *, outgoing: bool) -> tuple[str, ...]:
-    ranked = sorted(edges, key=lambda edge: -abs(circuit.scores[edge] or 0.0))[:4]
+    if len(edges) > _SHOWN and not any(circuit.scores[edge] for edge in edges):
+        # Of edges without scores none is the strongest.
+        return ()
+    ranked = sorted(edges, key=lambda edge: -abs(circuit.scores[edge] or 0.0))[:_SHOWN]
 
     def at(edge: Edge) -> str:
         spans = circuit.spans.get(edge, {})
@@ -187,7 +194,8 @@ def _strongest(edges: list[Edge], circuit: Circuit, *, outgoing: bool) -> tuple[
 def _role(at: str, looks: tuple[str, float], writes: Sequence[str], effect: float) -> str:
     """The usual word for a pattern of attention, where there is one and the attention is strong."""
     where, strength = looks
-    if strength < 0.2:
+    # What a head at the end does is told by whom it writes to.
+    if strength < 0.2 or (at == "end" and not writes):
         return ""
     if at == "end" and "logits" in writes and where == "target" and effect > 0:
         return "induction"

@@ -41,7 +41,7 @@ class Report:
     everything ablated: under "resample" the corrupt run's, under another ``ablation`` its own.
 
     ``random_faithfulness`` holds one number for each random circuit of equal size; ``random_interval`` is ``None`` where
-    there are none. ``beats_random`` counts those whose faithfulness the circuit's exceeds, by more than rounding.
+    there are none. ``beats_random`` counts those whose faithfulness the circuit's exceeds by more than a thousandth.
     ``caveats`` are sentences on what these prompts cannot tell. ``kl`` is the mean KL of the circuit's answers from the model's.
     ``pairs`` counts the connected pairs of edge and span of a circuit that has spans, ``neurons`` the neurons that the connected
     MLPs of a circuit with neurons keep; None of others.
@@ -239,8 +239,8 @@ def evaluate(
         mean_of_ratios=mean_of_ratios(outs.circuits[0], outs.clean, outs.empty),
         random_faithfulness=tuple(values[1:].tolist()),
         random_interval=interval_of(spread[1:].flatten(), confidence) if rivals else None,
-        # In a small graph a random circuit may do the very same, but for rounding.
-        beats_random=int((values[0] > values[1:] + 1e-5).sum()),
+        # Two that carry nothing do not carry quite the same.
+        beats_random=int((values[0] > values[1:] + 1e-3).sum()),
         model_accuracy=float(outs.accuracy[-1].mean()),
         circuit_accuracy=float(outs.accuracy[0].mean()),
         edges=len(circuit),
@@ -253,7 +253,7 @@ def evaluate(
         seconds=round(time.perf_counter() - started, 1),
         empty=float(outs.empty.mean()),
         confidence=confidence,
-        caveats=(*_overlap(circuit, task), *_caveats(outs.clean - outs.empty, ratios)),
+        caveats=(*_overlap(circuit, task), *_caveats(outs.clean - outs.empty, ratios), *_nothing(circuit, spread[0], confidence)),
         kl=float(outs.also["kl"][0].mean()) if "kl" in outs.also else None,
         resamples=resamples,
         further=further,
@@ -271,6 +271,18 @@ def _overlap(circuit: Circuit, task: Task) -> Iterator[str]:
     source, own = ({key: value for key, value in made.items() if key not in parts} for made in (origin, here))
     if source and source == own and (origin == here or "split" not in origin or "split" not in here):
         yield "the circuit was found on some or all of these prompts, which flatters it; judge it on held-out ones: task.split"
+
+
+def _nothing(circuit: Circuit, spread: Tensor, confidence: float) -> Iterator[str]:
+    """Whether the circuit carries no more than everything ablated, as far as these prompts tell; and what may be done."""
+    low, high = interval_of(spread, confidence)
+    if not circuit.n_connected:
+        if len(circuit):
+            yield "no edge lies on a path from the embedding to the logits: this is as good as the empty circuit"
+    elif low <= 0:
+        what = "cannot be told from everything ablated" if high >= 0 else "is worse than everything ablated"
+        blocked = "an MLP that everything passes may keep too few neurons: leave it out of circuit.neurons, to keep it whole; or "
+        yield f"the circuit {what}: {blocked if circuit.neurons else ''}keep more, or try another method"
 
 
 def _caveats(gaps: Tensor, ratios: Tensor) -> Iterator[str]:

@@ -12,6 +12,7 @@ from mechinterp.discovery.describe import HeadStory
 from mechinterp.discovery.evaluate import Report
 from mechinterp.discovery.further import told as further
 from mechinterp.graph import Circuit, draw
+from mechinterp.graph.neurons import neuron_name
 from mechinterp.graph.nodes import counted
 
 __all__ = ["report_markdown", "save_all", "summary"]
@@ -56,10 +57,9 @@ def report_markdown(
         "",
         *_paragraph(helping, against),
         "",
-        "| head | effect | at | attends to | reads from | writes to | usually called |",
-        "| --- | ---: | --- | --- | --- | --- | --- |",
-        *(_row(story) for story in told),
+        *_table(told),
         "",
+        *_neurons(circuit),
         "Effect, with its standard error over prompts: measured normalised effect of replacing the head's output by its "
         "value on the corrupt prompt (1 is the whole "
         "difference, negative means that the head works against the answer). Attention is the mean over clean prompts from the "
@@ -186,18 +186,35 @@ def _paragraph(helping: Sequence[HeadStory], against: Sequence[HeadStory]) -> li
     return lines
 
 
-def _row(story: HeadStory) -> str:
+def _table(stories: Sequence[HeadStory]) -> list[str]:
+    # Edges among chosen nodes have no scores, so that none of them is the strongest.
+    edges = any(story.reads or story.writes for story in stories)
+    heads = ["head", "effect", "at", "attends to", *(["reads from", "writes to"] if edges else []), "usually called"]
+    line = ["---:" if head == "effect" else "---" for head in heads]
+    return [f"| {' | '.join(cells)} |" for cells in (heads, line, *(_row(story, edges) for story in stories))]
+
+
+def _neurons(circuit: Circuit) -> list[str]:
+    """The neurons with the largest scores, and how many each MLP keeps."""
+    if not circuit.neurons:
+        return []
+    scores = {neuron_name(mlp, i): score or 0.0 for mlp, kept in circuit.neurons.items() for i, score in kept.items()}
+    best = sorted(scores, key=lambda name: -abs(scores[name]))[:12]
+    told = ", ".join(f"`{name}` {scores[name]:+.3f}" for name in best)
+    counts = ", ".join(f"{mlp} {len(kept)}" for mlp, kept in circuit.neurons.items())
+    return [f"**Neurons** with the largest scores: {told}. Kept of each MLP: {counts}.", ""]
+
+
+def _row(story: HeadStory, edges: bool) -> list[str]:
     looks = ", ".join(f"{where} {share:.0%}" for where, share in story.attends_to)
-    cells = [
+    return [
         f"`{story.node}`",
         f"{story.effect:+.2f}" + ("" if math.isnan(story.error) else f" ± {story.error:.2f}"),
         f"{story.at[0]} ({story.at[1]:.0%})",
         looks,
-        ", ".join(story.reads),
-        ", ".join(story.writes),
+        *([", ".join(story.reads), ", ".join(story.writes)] if edges else []),
         story.role,
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def _how(circuit: Circuit) -> str:

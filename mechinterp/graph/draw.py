@@ -233,10 +233,10 @@ def caption_of(circuit: Circuit, shown: Circuit, connected: bool) -> str:
         drawn = f"The strongest {len(shown)} that connect, of {counted(reach, 'edge')} on paths from embed to logits; "
         drawn += f"{total} in the circuit"
     else:
-        which = f"The strongest {len(shown)}" + (" that connect," if connected else "")
-        drawn = f"{which} of {counted(total, 'edge')} in the circuit"
+        which = f"The strongest {len(shown)}" if any(circuit.scores.values()) else f"{len(shown)} among the best nodes"
+        drawn = f"{which}{' that connect,' if connected else ''} of {counted(total, 'edge')} in the circuit"
     at = f" They carry at some spans of the prompts: {counted(shown.n_pairs, 'pair')} of edge and span." if shown.spans else ""
-    if shown.neurons:
-        keep = "keeps" if len(shown.neurons) == 1 else "keep"
-        at += f" {counted(len(shown.neurons), 'MLP')} {keep} {counted(shown.n_neurons, 'neuron')} alone."
+    if circuit.neurons:
+        here = "" if circuit.n_neurons == shown.n_neurons else f", {shown.n_neurons} of them here"
+        at += f" Of its MLPs {len(circuit.neurons)} keep some neurons alone, {circuit.n_neurons} in all{here}."
     return f"{drawn}, {circuit.shape.n_edges} in the model.{at}"

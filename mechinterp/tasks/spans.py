@@ -21,7 +21,7 @@ class Spans:
 
     Each named token is a span of its own, and so is what lies between two neighbouring names (``"S1..S2"``), before the first
     (``"..S1"``) and after the last (``"end.."``). Names that stand for one token in every prompt share a span, ``"S1+1=verb"``.
-    Without names each position is a span, ``"0"``, ``"1"``, ...
+    Without names each position is a span, ``"0"``, ``"1"``, ..., of prompts of equal length.
 
     Parameters
     ----------
@@ -94,10 +94,16 @@ def spans_of(name: str, lengths: Tensor, width: int, positions: Mapping[str, Ten
     Raises
     ------
     TaskError
-        The names do not come in one order.
+        The names do not come in one order; or there are none, and prompts of unequal length.
     """
     columns = torch.arange(width, device=lengths.device).expand(len(lengths), -1)
     if not positions:
+        if (lengths != lengths[0]).any():
+            raise TaskError(
+                f"task {name!r} names no positions and its prompts have {int(lengths.min())} to {int(lengths.max())} tokens, "
+                "so that their tokens have no common spans; name some: "
+                "dataclasses.replace(task, positions={'end': task.answer_pos})"
+            )
         return Spans(tuple(map(str, range(width))), columns.where(columns < lengths[:, None], -1))
     ordered = sorted(positions, key=lambda each: int(positions[each][0]))
     groups: list[list[str]] = []

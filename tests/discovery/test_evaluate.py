@@ -274,3 +274,21 @@ def test_the_report_in_a_notebook_is_one_element_that_shows_where_circuits_lie()
     assert all(float(nothing.get("x1")) <= float(each.get("cx")) < float(whole.get("x1")) for each in others)
     alone = mi.evaluate(toy.truth["resample"], toy.model, toy.task, seed=0, random_circuits=0)._repr_html_()
     assert "random" not in alone
+
+
+def test_a_circuit_that_carries_nothing_says_so(setting: Any, planted: Any) -> None:
+    circuit = mi.discover(setting.model, setting.task, edges=4, method="eap")
+    more = "keep more, or try another method"
+    for values, told in (
+        ([1.0, 1.2, 0.9, 1.1, 0.8], f"the circuit cannot be told from everything ablated: {more}"),
+        ([0.5, 0.6, 0.5, 0.4, 0.5], f"the circuit is worse than everything ablated: {more}"),
+    ):
+        planted([values], [5.0] * 5, [1.0] * 5)
+        assert mi.evaluate(circuit, setting.model, setting.task, seed=0, random_circuits=0).caveats == (told,)
+    planted([[3.0, 3.2, 2.9, 3.1, 2.8]], [5.0] * 5, [1.0] * 5)
+    assert mi.evaluate(circuit, setting.model, setting.task, seed=0, random_circuits=0).caveats == ()
+    dangling = circuit.only([edge for edge in circuit.edges if edge.dst != "logits"])
+    planted([[1.0] * 5], [5.0] * 5, [1.0] * 5)
+    assert mi.evaluate(dangling, setting.model, setting.task, seed=0).caveats == (
+        "no edge lies on a path from the embedding to the logits: this is as good as the empty circuit",
+    )

@@ -185,7 +185,7 @@ def test_random_neurons_are_drawn_from_a_number() -> None:
 def test_diagrams_say_how_many_neurons() -> None:
     diagram = draw(some(m0={3: 2.0, 1: None}, m1={5: None}), labels={"m0": "facts"})
     assert dict(diagram.labels) == {"m0": "facts · 2 neurons", "m1": "1 neuron"}
-    assert diagram.caption.endswith(" in the model. 2 MLPs keep 3 neurons alone.")
+    assert diagram.caption.endswith(" in the model. Of its MLPs 2 keep some neurons alone, 3 in all.")
     assert "facts · 2 neurons" in diagram.svg and "1 neuron<" in diagram.svg
     data = json.loads(re.search(r'id="data">(.*?)</script>', diagram.html, re.DOTALL)[1])  # type: ignore[index]
     assert data["labels"] == {"m0": "facts · 2 neurons", "m1": "1 neuron"}

@@ -52,9 +52,19 @@ def test_names_of_one_token_share_a_span_and_without_names_positions_are_spans()
     spans = task_of([4, 4], {"a": [1, 2], "b": [1, 2]}).spans
     assert spans.names == ("..a=b", "a=b", "a=b..")
     assert spans.index.tolist() == [[0, 1, 2, 2], [0, 0, 1, 2]]
-    spans = task_of([4, 2], {}).spans
+    spans = task_of([4, 4], {}).spans
     assert spans.names == spans.filled == ("0", "1", "2", "3")
-    assert spans.index.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1]]
+    assert spans.index.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_prompts_of_unequal_length_need_names() -> None:
+    # Token 3 of one is not token 3 of another: scores of such spans would mean nothing.
+    with pytest.raises(TaskError) as caught:
+        _ = task_of([4, 2], {}).spans
+    assert str(caught.value) == (
+        "task 'mine' names no positions and its prompts have 2 to 4 tokens, so that their tokens have no common spans; name "
+        "some: dataclasses.replace(task, positions={'end': task.answer_pos})"
+    )
 
 
 @pytest.mark.parametrize(
