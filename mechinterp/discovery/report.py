@@ -57,7 +57,7 @@ def report_markdown(
         "",
         *_paragraph(helping, against),
         "",
-        *_table(told),
+        *_table(told, edges=any(circuit.scores.values())),
         "",
         *_neurons(circuit),
         "Effect, with its standard error over prompts: measured normalised effect of replacing the head's output by its "
@@ -186,9 +186,8 @@ def _paragraph(helping: Sequence[HeadStory], against: Sequence[HeadStory]) -> li
     return lines
 
 
-def _table(stories: Sequence[HeadStory]) -> list[str]:
-    # Edges among chosen nodes have no scores, so that none of them is the strongest.
-    edges = any(story.reads or story.writes for story in stories)
+def _table(stories: Sequence[HeadStory], *, edges: bool) -> list[str]:
+    """What each head does; its strongest ``edges`` where they have scores, as those among chosen nodes do not."""
     heads = ["head", "effect", "at", "attends to", *(["reads from", "writes to"] if edges else []), "usually called"]
     line = ["---:" if head == "effect" else "---" for head in heads]
     return [f"| {' | '.join(cells)} |" for cells in (heads, line, *(_row(story, edges) for story in stories))]

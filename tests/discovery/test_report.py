@@ -86,3 +86,17 @@ def test_every_circuit_can_be_written(setting: Any, which: str, tmp_path: Path) 
     # Nothing is said about random circuits where there were none.
     assert "andom circuits" not in page
     assert not re.search(r"\bnan\b", page)
+
+
+def test_circuits_of_neurons_list_their_neurons_and_no_edges() -> None:
+    toy = mi.toys.memory()
+    circuit = mi.discover(toy.model, toy.task, unit="neuron", nodes=6, steps=3)
+    report = mi.evaluate(circuit, toy.model, toy.task, seed=0, random_circuits=0)
+    page = report_markdown(circuit, report, mi.describe(circuit, toy.model, toy.task))
+    assert "| head | effect | at | attends to | usually called |" in page
+    (line,) = [line for line in page.splitlines() if line.startswith("**Neurons**")]
+    scores = circuit.provenance["selection"]["node_scores"]
+    best = max((name for name in scores if ".n" in name), key=lambda name: abs(scores[name]))
+    assert line.startswith(f"**Neurons** with the largest scores: `{best}` {scores[best]:+.3f}")
+    counts = ", ".join(f"{mlp} {len(kept)}" for mlp, kept in circuit.neurons.items())
+    assert line.endswith(f"Kept of each MLP: {counts}.")
