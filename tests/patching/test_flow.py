@@ -88,6 +88,15 @@ def test_heads_that_are_summed_and_normed_have_their_part_of_what_comes_out() ->
         torch.testing.assert_close(found[name, "logits", "in"], (each / whole).mean(-1), atol=1e-4, rtol=1e-3)
 
 
+def test_a_stream_of_nothing_is_made_up_of_nothing(setting: Any) -> None:
+    module = copy.deepcopy(setting.model.hf)
+    with torch.no_grad():
+        for weights in module.parameters():
+            weights.zero_()
+    effects = flow(mi.load(module), setting.task)
+    assert (effects.per_example == 0).all()
+
+
 def test_other_architectures() -> None:
     clean = torch.randint(1, 60, (2, 5), generator=torch.Generator().manual_seed(0))
     task = mi.Task(name="random", clean=clean, corrupt=clean, right=[1, 2], wrong=[3, 4])
