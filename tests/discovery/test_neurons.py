@@ -21,6 +21,7 @@ from mechinterp.errors import GraphError, MechInterpError
 from mechinterp.graph import scored_edges
 from mechinterp.graph.graph import edges_among
 from mechinterp.graph.neurons import neuron_name, parse_neuron
+from mechinterp.patching.neurons import check_neurons
 from mechinterp.verifying import verify
 from tests.core.architectures import module_of as wider
 from tests.core.conftest import ARCHITECTURES, Plain, module_of
@@ -430,3 +431,12 @@ def test_mixtures_of_experts_have_no_neurons() -> None:
         with pytest.raises(GraphError) as caught:
             call()
         assert str(caught.value) == message
+
+
+def test_each_mlp_is_asked_for_its_own_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where only later layers have experts."""
+    model = mi.load(module_of("llama"), name="mixed")
+    monkeypatch.setattr(model.block(1).mlp, "out", None)
+    check_neurons(model, "m0", [1])
+    with pytest.raises(GraphError, match=r"^m1 of mixed \(LlamaForCausalLM\) is a mixture of experts"):
+        check_neurons(model, "m1", [1])
