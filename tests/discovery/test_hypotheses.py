@@ -50,6 +50,8 @@ def test_every_number_by_hand(one: Any, circuit: mi.Circuit) -> None:
         beaten = sum(own > other + 1e-4 for other in chance)
         assert int(found.beaten[i]) == beaten
         assert float(found.edge_p[i]) == pytest.approx(binomtest(beaten, 6, 0.7, alternative="less").pvalue)
+    # Two runs, the circuit, each edge; two runs, the rest, each inflated circuit twice.
+    assert found.provenance["forwards"] == 2 + 1 + len(found.edges) + 2 + 1 + 2 * 6
     # Holm over the edges, then over the three hypotheses.
     least = sorted(found.edge_p.tolist())
     assert float(found.edge_adjusted.min()) == pytest.approx(min(1.0, least[0] * len(least)))
@@ -73,6 +75,8 @@ def test_a_planted_circuit_is_not_rejected_and_a_padded_one_is() -> None:
     assert ideal.rejected == () and ideal.needless == ()
     # Every prompt is a tie, which shows that they are the same: 8 prompts and a margin of 0.4.
     assert ideal.equivalence.ties == 8
+    # Everything ablated is run as well, beside either.
+    assert ideal.provenance["forwards"] == 2 + 1 + len(truth) + 1 + 2 + 1 + 2 * 12 + 1
     sure = mi.check_hypotheses(truth, toy.model, toy.task, ablation="zero", seed=0, epsilon=0.4, inflated=1)
     assert sure.equivalence.p_same == pytest.approx(binom.cdf(4, 8, 0.9))
     idle = ["a0.h0->logits", "embed->a0.h0<v>"]
