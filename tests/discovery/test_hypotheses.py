@@ -13,6 +13,7 @@ from scipy.stats import binom, binomtest
 
 import mechinterp as mi
 from mechinterp.core.testing import hsic_test, sign_test
+from mechinterp.discovery.hypotheses import hypotheses_of
 from mechinterp.errors import EditError, GraphError, MetricError
 from mechinterp.graph.inflate import inflate
 
@@ -62,10 +63,28 @@ def test_every_number_by_hand(one: Any, circuit: mi.Circuit) -> None:
     level = sorted(found.edge_p.tolist())[0] * 1.01
     assert replace(found, level=level).needless == ()
     assert len(replace(found, level=level, edge_adjusted=found.edge_p).needless) >= 1
+    # At the level is not below it.
+    p = found.p_values["equivalence"]
+    assert "equivalence" not in replace(found, level=p).rejected and "equivalence" in replace(found, level=p * 1.01).rejected
     plain = found.to_json()
+    assert plain["edge_p"] == found.edge_adjusted.tolist()
     assert json.loads(json.dumps(plain)) == plain
     again = mi.check_hypotheses(circuit, one.model, one.task, seed=3, inflated=6, quantile=0.7, permutations=50)
     assert again.p_values == found.p_values
+
+
+def test_what_differs_by_rounding_is_not_beaten(one: Any) -> None:
+    """100 units in the last place of the largest clean number: 1.2e-4 of ten."""
+    model, task = one.model, one.task[:2]
+    edges = mi.Circuit.full(model).edges[:3]
+
+    def runs(*rows: float) -> mi.CircuitRuns:
+        circuits = torch.tensor(rows)[:, None].expand(-1, 2)
+        return mi.CircuitRuns("logit_diff", torch.tensor([10.0, -4.0]), torch.zeros(2), circuits, torch.ones(1, 2), torch.zeros(2))
+
+    outs, others = runs(1.0, 1.5, 1.50005, 1.5005), runs(0.0, 1.0, 0.5, 1.0, 0.5)
+    found = hypotheses_of(outs, others, edges, model, task, seed=0)
+    assert found.inflated.tolist() == [0.5, 0.5] and found.beaten.tolist() == [0, 0, 2]
 
 
 def test_a_planted_circuit_is_not_rejected_and_a_padded_one_is() -> None:
