@@ -79,8 +79,8 @@ def test_what_differs_by_rounding_is_not_beaten(one: Any) -> None:
     edges = mi.Circuit.full(model).edges[:3]
 
     def runs(*rows: float) -> mi.CircuitRuns:
-        circuits = torch.tensor(rows)[:, None].expand(-1, 2)
-        return mi.CircuitRuns("logit_diff", torch.tensor([10.0, -4.0]), torch.zeros(2), circuits, torch.ones(1, 2), torch.zeros(2))
+        circuits, nothing = torch.tensor(rows)[:, None].expand(-1, 2), torch.zeros(2)
+        return mi.CircuitRuns("logit_diff", torch.tensor([10.0, -4.0]), nothing, circuits, torch.ones(1, 2), nothing)
 
     outs, others = runs(1.0, 1.5, 1.50005, 1.5005), runs(0.0, 1.0, 0.5, 1.0, 0.5)
     found = hypotheses_of(outs, others, edges, model, task, seed=0)

@@ -218,7 +218,8 @@ def test_whole_passes_leave_out_the_same_neurons(twins: Twins) -> None:
 
 def test_neurons_take_their_share_of_the_memory(twins: Twins) -> None:
     some = [
-        Packing.of(twins.model, twins.task, mi.Ablation("resample"), None, 1 << 24, layers).at_once for layers in ((), (0,), (0, 1))
+        Packing.of(twins.model, twins.task, mi.Ablation("resample"), None, 1 << 24, layers).at_once
+        for layers in ((), (0,), (0, 1))
     ]
     assert some[0] > some[1] > some[2] > 1
 
