@@ -45,6 +45,7 @@ def test_is_the_plain_loop(setting: Any, signed: bool, tau: float) -> None:
     for ahead in (None, 1) if tau == 0.6 else (None,):
         (circuit,) = mi.acdc(setting.model, setting.task, tau, signed=signed, ahead=ahead)
         assert {tuple(edge) for edge in circuit.edges} == expected.keys()
+        assert (circuit.provenance["rows"] == circuit.provenance["tests"]) == (ahead == 1)
         for edge, score in circuit.scores.items():
             assert score == pytest.approx(expected[tuple(edge)], abs=1e-4)  # type: ignore[index]
     assert 0 < len(expected) < len(order)
@@ -163,6 +164,9 @@ def test_discover_takes_a_threshold_or_a_size(setting: Any) -> None:
     assert said["threshold"] == max(tau for tau, size in sizes.items() if abs(size - 20) == nearest)
     first = [tau for tau in said["tried"] if any(tau == 1e-4 * 5000 ** (i / 5) for i in range(6))]
     assert len(first) == 6
+    # Three sweeps, unless an earlier one has it.
+    assert (len(said["tried"]) == 6) == (20 in {sizes[tau] for tau in first})
+    assert len(sized) == 20 or len(said["tried"]) > 12
     rows = mi.acdc(setting.model, setting.task, first)[0].provenance["rows"]
     assert (sized.provenance["rows"] > rows) == (len(said["tried"]) > 6)
     # Each sweep lies between the two of the last one that enclose the size.

@@ -124,6 +124,23 @@ def test_every_edge_of_a_planted_circuit_is_needed() -> None:
     assert all(known[edge] > 0.1 for edge in toy.truth["resample"])
 
 
+def test_passes_are_as_said() -> None:
+    """A row for each prompt: two runs, the circuit, without each edge, and under other ablations with everything ablated."""
+    toy = mi.toys.induction(n=4)
+    rows: list[int] = []
+    for kind, more in (("resample", 0), ("zero", 1)):
+        truth = toy.truth[kind]
+        drops = mi.minimality(truth, toy.model, toy.task, ablation=kind)
+        assert drops.provenance["forwards"] == 2 + 1 + len(truth) + more
+        rows.clear()
+        handle = toy.model.block(1).register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+        try:
+            mi.minimality(truth, toy.model, toy.task, ablation=kind)
+        finally:
+            handle.remove()
+        assert sum(rows) == drops.provenance["forwards"] * len(toy.task)
+
+
 @pytest.mark.usefixtures("unchecked_types")
 def test_refusals(one: Any, circuit: mi.Circuit) -> None:
     empty = mi.Circuit.empty(one.model)
