@@ -136,7 +136,8 @@ def completeness(
 
     Notes
     -----
-    Cost: 2 + 2 (1 + subsets) forward passes over the prompts, and for each greedy search (2 + 2 candidates) for each step.
+    Cost: 2 + 2 (1 + subsets) forward passes over the prompts, and for each greedy search (2 + 2 candidates) for each step; under
+    another ablation than "resample" one more each time, with everything ablated.
 
     References
     ----------
@@ -169,7 +170,7 @@ def completeness(
         rows = [each for names in removed for each in (_without(circuit, names, unit), _without(full, names, unit))]
         outs = run_circuits(model, task, rows, ablation=ablation, metric=metric, memory=memory, progress=progress)
         check_difference(outs, task)
-        n_runs += 2 + len(rows)
+        n_runs += 2 + len(rows) + (outs.ablation != "resample")
         shares = faithfulness(outs.circuits, outs.clean, outs.empty).tolist()
         return [Removal(tuple(names), how, *shares[2 * i : 2 * i + 2]) for i, names in enumerate(removed)]
 

@@ -49,6 +49,19 @@ def test_ties_speak_for_being_the_same() -> None:
     assert tied.p_same < 0.01
 
 
+@pytest.mark.parametrize(("wins", "losses"), [(6, 3), (3, 6)])
+def test_an_odd_tie_counts_against_being_the_same(wins: int, losses: int) -> None:
+    found = sign_test(torch.tensor([1.0] * wins + [-1.0] * losses + [0.0] * 3), margin=0.1)
+    # One and a half ties on either side: two where that is the larger chance.
+    one_sided = [binom.cdf(wins + 2, 12, 0.6), binom.sf(wins + 1 - 1, 12, 0.4)]
+    assert found.p_same == pytest.approx(max(one_sided))
+
+
+def test_no_chance_is_above_one() -> None:
+    """Sums of all probabilities round to a little more."""
+    assert max(sign_test(torch.tensor([1.0, -1.0] * n)).p_differ for n in range(1, 40)) <= 1.0
+
+
 def brute_hsic(a: list[float], b: list[float]) -> float:
     """trace(K H L H) / (n - 1)^2, entry by entry."""
     n = len(a)
@@ -85,6 +98,17 @@ def test_dependence_is_seen_without_correlation() -> None:
     assert parabola.p == pytest.approx(1 / 201)
     assert abs(float(torch.corrcoef(torch.stack([a, a**2]))[0, 1])) < 0.5
     assert hsic_test(a, a**2, seed=0, permutations=200) == parabola
+
+
+def test_equal_dependence_is_as_large() -> None:
+    """Two classes of two: what maps classes to classes has the same sum, but for its last bits."""
+    a, b = torch.tensor([0.1, 0.1, 0.7, 0.7]), torch.tensor([3.0, 3.0, -1.0, -1.0])
+    generator = torch.Generator().manual_seed(5)
+    orders = [torch.randperm(4, generator=generator).tolist() for _ in range(300)]
+    same = sum({*order[:2]} in ({0, 1}, {2, 3}) for order in orders)
+    found = hsic_test(a, b, seed=5, permutations=300)
+    assert 50 < same < 150 and found.p == pytest.approx((same + 1) / 301)
+    assert found.statistic == pytest.approx(hsic(a, b)) and found.statistic > 0.05
 
 
 def test_independent_numbers_are_rejected_as_often_as_the_level() -> None:

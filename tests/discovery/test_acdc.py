@@ -45,6 +45,7 @@ def test_is_the_plain_loop(setting: Any, signed: bool, tau: float) -> None:
     for ahead in (None, 1) if tau == 0.6 else (None,):
         (circuit,) = mi.acdc(setting.model, setting.task, tau, signed=signed, ahead=ahead)
         assert {tuple(edge) for edge in circuit.edges} == expected.keys()
+        assert (circuit.provenance["rows"] == circuit.provenance["tests"]) == (ahead == 1)
         for edge, score in circuit.scores.items():
             assert score == pytest.approx(expected[tuple(edge)], abs=1e-4)  # type: ignore[index]
     assert 0 < len(expected) < len(order)
@@ -91,8 +92,17 @@ def test_a_sweep_is_one_search_for_each_threshold(setting: Any) -> None:
     assert [set(circuit.edges) for circuit in together] == [set(circuit.edges) for circuit in alone]
     assert [circuit.provenance["threshold"] for circuit in together] == taus
     assert len(together[0]) < len(together[2]) < len(together[1])
+    assert {circuit.provenance["tests"] for circuit in together} == {3 * together[0].shape.n_edges}
     # Rows of all thresholds share the passes.
     assert together[0].provenance["calls"] < sum(circuit.provenance["calls"] for circuit in alone)
+
+
+def test_without_normalizing_scores_are_in_units_of_the_metric(setting: Any) -> None:
+    (share,) = mi.acdc(setting.model, setting.task, 0.1, signed=True)
+    gap = abs(share.provenance["baseline"]["corrupt"] - share.provenance["baseline"]["clean"])
+    (plain,) = mi.acdc(setting.model, setting.task, 0.1 * gap, signed=True, normalize=False)
+    assert dict(plain.scores) == pytest.approx({edge: (score or 0.0) * gap for edge, score in share.scores.items()}, abs=1e-5)
+    assert abs(gap - 1) > 0.01 and len(plain) > 0
 
 
 def test_calls_are_as_said(setting: Any) -> None:
@@ -106,6 +116,7 @@ def test_calls_are_as_said(setting: Any) -> None:
     # The two runs, and each pass.
     assert len(calls) == 2 + said["calls"]
     assert sum(calls[2:]) == said["rows"] * len(setting.task)
+    assert said["forwards"] == 2 + said["rows"]
     assert said["tests"] == circuit.shape.n_edges
 
 
@@ -144,6 +155,7 @@ def test_discover_takes_a_threshold_or_a_size(setting: Any) -> None:
     sized = mi.discover(setting.model, setting.task, method="acdc", edges=20)
     said = sized.provenance["selection"]
     assert (said["n"], said["found"]) == (20, len(sized))
+    assert sized.provenance["forwards"] == 2 + sized.provenance["rows"]
     assert said["threshold"] in said["tried"]
     sizes = {tau: len(each) for tau, each in zip(said["tried"], mi.acdc(setting.model, setting.task, said["tried"]), strict=True)}
     nearest = min(abs(size - 20) for size in sizes.values())
@@ -152,6 +164,9 @@ def test_discover_takes_a_threshold_or_a_size(setting: Any) -> None:
     assert said["threshold"] == max(tau for tau, size in sizes.items() if abs(size - 20) == nearest)
     first = [tau for tau in said["tried"] if any(tau == 1e-4 * 5000 ** (i / 5) for i in range(6))]
     assert len(first) == 6
+    # Three sweeps, unless an earlier one has it.
+    assert (len(said["tried"]) == 6) == (20 in {sizes[tau] for tau in first})
+    assert len(sized) == 20 or len(said["tried"]) > 12
     rows = mi.acdc(setting.model, setting.task, first)[0].provenance["rows"]
     assert (sized.provenance["rows"] > rows) == (len(said["tried"]) > 6)
     # Each sweep lies between the two of the last one that enclose the size.

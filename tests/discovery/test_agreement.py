@@ -120,6 +120,13 @@ def test_cancelling_is_a_small_mean_of_large_parts() -> None:
     assert not replace(found, parts=None).cancelling.any()
 
 
+def test_the_tenth_is_rounded_up_and_its_edges_are_named_from_the_largest_on() -> None:
+    exact = torch.arange(1.0, 26.0)[:, None].repeat(1, 2)
+    exact[23] *= -1
+    found = agreement_of(exact * torch.tensor([1.0, -1.0]), exact)
+    assert found.strongest(found.saturated) == found.strongest(found.cancelling) == [24, 23, 22]
+
+
 def test_exact_scores_agree_in_everything(setting: Any) -> None:
     exact = mi.edge_effects(setting.model, setting.task)
     for sample in (None, 60):

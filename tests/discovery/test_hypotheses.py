@@ -13,6 +13,7 @@ from scipy.stats import binom, binomtest
 
 import mechinterp as mi
 from mechinterp.core.testing import hsic_test, sign_test
+from mechinterp.discovery.hypotheses import hypotheses_of
 from mechinterp.errors import EditError, GraphError, MetricError
 from mechinterp.graph.inflate import inflate
 
@@ -50,6 +51,8 @@ def test_every_number_by_hand(one: Any, circuit: mi.Circuit) -> None:
         beaten = sum(own > other + 1e-4 for other in chance)
         assert int(found.beaten[i]) == beaten
         assert float(found.edge_p[i]) == pytest.approx(binomtest(beaten, 6, 0.7, alternative="less").pvalue)
+    # Two runs, the circuit, each edge; two runs, the rest, each inflated circuit twice.
+    assert found.provenance["forwards"] == 2 + 1 + len(found.edges) + 2 + 1 + 2 * 6
     # Holm over the edges, then over the three hypotheses.
     least = sorted(found.edge_p.tolist())
     assert float(found.edge_adjusted.min()) == pytest.approx(min(1.0, least[0] * len(least)))
@@ -60,10 +63,28 @@ def test_every_number_by_hand(one: Any, circuit: mi.Circuit) -> None:
     level = sorted(found.edge_p.tolist())[0] * 1.01
     assert replace(found, level=level).needless == ()
     assert len(replace(found, level=level, edge_adjusted=found.edge_p).needless) >= 1
+    # At the level is not below it.
+    p = found.p_values["equivalence"]
+    assert "equivalence" not in replace(found, level=p).rejected and "equivalence" in replace(found, level=p * 1.01).rejected
     plain = found.to_json()
+    assert plain["edge_p"] == found.edge_adjusted.tolist()
     assert json.loads(json.dumps(plain)) == plain
     again = mi.check_hypotheses(circuit, one.model, one.task, seed=3, inflated=6, quantile=0.7, permutations=50)
     assert again.p_values == found.p_values
+
+
+def test_what_differs_by_rounding_is_not_beaten(one: Any) -> None:
+    """100 units in the last place of the largest clean number: 1.2e-4 of ten."""
+    model, task = one.model, one.task[:2]
+    edges = mi.Circuit.full(model).edges[:3]
+
+    def runs(*rows: float) -> mi.CircuitRuns:
+        circuits, nothing = torch.tensor(rows)[:, None].expand(-1, 2), torch.zeros(2)
+        return mi.CircuitRuns("logit_diff", torch.tensor([10.0, -4.0]), nothing, circuits, torch.ones(1, 2), nothing)
+
+    outs, others = runs(1.0, 1.5, 1.50005, 1.5005), runs(0.0, 1.0, 0.5, 1.0, 0.5)
+    found = hypotheses_of(outs, others, edges, model, task, seed=0)
+    assert found.inflated.tolist() == [0.5, 0.5] and found.beaten.tolist() == [0, 0, 2]
 
 
 def test_a_planted_circuit_is_not_rejected_and_a_padded_one_is() -> None:
@@ -73,6 +94,8 @@ def test_a_planted_circuit_is_not_rejected_and_a_padded_one_is() -> None:
     assert ideal.rejected == () and ideal.needless == ()
     # Every prompt is a tie, which shows that they are the same: 8 prompts and a margin of 0.4.
     assert ideal.equivalence.ties == 8
+    # Everything ablated is run as well, beside either.
+    assert ideal.provenance["forwards"] == 2 + 1 + len(truth) + 1 + 2 + 1 + 2 * 12 + 1
     sure = mi.check_hypotheses(truth, toy.model, toy.task, ablation="zero", seed=0, epsilon=0.4, inflated=1)
     assert sure.equivalence.p_same == pytest.approx(binom.cdf(4, 8, 0.9))
     idle = ["a0.h0->logits", "embed->a0.h0<v>"]

@@ -41,8 +41,26 @@ def test_what_is_missing_is_never_found() -> None:
         "Recovery: precision 0.500, recall 0.500, AUROC 0.500; 1 edge right, 1 missed (a0.h0->logits), 1 extra (embed->logits)"
     )
     assert some.to_json()["missed"] == ["a0.h0->logits"]
+    plain = mi.compare_to_known(mi.Circuit(SHAPE, {V: 1.0, OUT: None}), TRUTH)
+    assert (plain.right, plain.missed) == (2, ())
+    # A score of 0 is one.
+    assert mi.compare_to_known(mi.Circuit(SHAPE, {V: 1.0, DIRECT: 0.0}), TRUTH).auroc == pytest.approx((3 + 0.5 * 2) / 6)
     more = mi.compare_to_known(mi.Circuit(SHAPE, dict.fromkeys([V, OUT, DIRECT, Q], 1.0)), TRUTH)
     assert (more.precision, more.recall, more.iou) == (0.5, 1.0, 0.5)
+
+
+def test_five_edges_are_named() -> None:
+    full = mi.Circuit.full(SHAPE)
+    # Nothing is left to rank above.
+    found = mi.compare_to_known(mi.Circuit(SHAPE, {V: 1.0}), full)
+    assert found.auroc is None
+    assert repr(mi.compare_to_known(mi.Circuit.empty(SHAPE), full)).endswith(
+        "5 missed (embed->a0.h0<q>, embed->a0.h0<k>, embed->a0.h0<v>, embed->logits, a0.h0->logits), 0 extra"
+    )
+    wide = mi.Circuit.full(mi.GraphShape(n_layers=1, n_heads=2, attn_only=True))
+    told = repr(mi.compare_to_known(mi.Circuit.empty(wide.shape), wide))
+    listed = ", ".join(str(edge) for edge in wide.edges[:5])
+    assert told.endswith(f"{len(wide)} missed ({listed}, ...), 0 extra")
 
 
 def test_beside_scikit_learn() -> None:

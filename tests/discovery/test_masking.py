@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import mechinterp as mi
 from mechinterp.core.ablation import Ablation
+from mechinterp.discovery import masking
 from mechinterp.discovery.masking import _misses, _open, _stretched
 from mechinterp.discovery.packing import Packing
 
@@ -37,6 +39,39 @@ def test_whole_gates_are_circuits(setting: Any) -> None:
     runs = mi.run_circuits(setting.model, setting.task, circuit)
     value, _ = _misses(pack, gates.requires_grad_(), 1.0)
     assert value == pytest.approx(float((runs.circuits[0] - runs.clean).abs().sum()), abs=1e-4)
+
+
+def test_five_rounds_by_hand(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise, gates, the falling target, descent for the gates and ascent for the size, from the formulas."""
+    monkeypatch.setattr(masking, "_ROUNDS", 5)
+    model, task = setting.model, setting.task
+    found = mi.discover(model, task, method="mask", threshold=0.0, seed=7)
+    packing = Packing.of(model, task, Ablation("resample"), None, None)
+    (part,) = packing.parts
+    pack, n = packing.pack(part), found.shape.n_edges
+    assert len(found) == n
+    unit = abs(found.provenance["baseline"]["clean"] - found.provenance["baseline"]["corrupt"])
+    draw = torch.Generator().manual_seed(7)
+    place, weights = torch.full((n,), 3.0, requires_grad=True), torch.zeros(2, requires_grad=True)
+    adam = torch.optim.Adam([place, weights], lr=0.4)
+    for fallen in (0.4, 0.8, 1.0, 1.0, 1.0):
+        noise = torch.rand(n, generator=draw).clamp(1e-6, 1 - 1e-6)
+        gates = (1.2 * ((noise.log() - (1 - noise).log() + place) / (2 / 3)).sigmoid() - 0.1).clamp(0, 1)
+        off, slope = _misses(pack, gates.detach().requires_grad_(), unit * len(task))
+        more = (place + 2 / 3 * math.log(11)).sigmoid().mean() - (1 - fallen * (1 - (n // 5) / n))
+        loss = (gates * slope).sum() + weights[0] * more + weights[1] * more**2
+        place.grad, up = torch.autograd.grad(loss, [place, weights])
+        weights.grad = -up
+        adam.step()
+    chances = (place + 2 / 3 * math.log(11)).sigmoid()
+    torch.testing.assert_close(torch.tensor(list(found.scores.values())), chances.detach(), atol=1e-4, rtol=0)
+    assert chances.max() - chances.min() > 0.01
+    # The gradients of several packs add up.
+    parts = mi.discover(model, task, method="mask", threshold=0.0, seed=7, memory=1)
+    assert dict(parts.scores) == pytest.approx(dict(found.scores), abs=1e-4)
+    said = found.provenance
+    assert said["loss"] == pytest.approx(off, abs=1e-4)
+    assert said["size_off_target"] == pytest.approx(float(more.detach()), abs=1e-4)
 
 
 def test_the_same_seed_gives_the_same_circuit_of_the_size_asked_for() -> None:

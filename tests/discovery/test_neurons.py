@@ -16,10 +16,12 @@ import mechinterp as mi
 from mechinterp.discovery.choosing import node_scores
 from mechinterp.discovery.discover import score_again
 from mechinterp.discovery.methods import METHODS
+from mechinterp.discovery.packing import Packing
 from mechinterp.errors import GraphError, MechInterpError
 from mechinterp.graph import scored_edges
 from mechinterp.graph.graph import edges_among
 from mechinterp.graph.neurons import neuron_name, parse_neuron
+from mechinterp.patching.neurons import check_neurons
 from mechinterp.verifying import verify
 from tests.core.architectures import module_of as wider
 from tests.core.conftest import ARCHITECTURES, Plain, module_of
@@ -200,6 +202,28 @@ def test_circuits_without_neurons_run_as_they_did(setting: Any) -> None:
     assert [count // rows[0] for count in rows] == [1, 1, 3, 1]
 
 
+def test_whole_passes_leave_out_the_same_neurons(twins: Twins) -> None:
+    """A hook of one's own expects all positions and layers, of which a replay would leave some out."""
+    model, task = twins.model, twins.task
+    circuit = drawn(model, scored_edges(model)[::2], 0.5, 0)
+    expected, seen = mi.run_circuits(model, task, circuit).circuits, []
+    handle = model.block(0).register_forward_hook(lambda *_: seen.append(1))
+    try:
+        found = mi.run_circuits(model, task, circuit).circuits
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert len(seen) == 3
+
+
+def test_neurons_take_their_share_of_the_memory(twins: Twins) -> None:
+    some = [
+        Packing.of(twins.model, twins.task, mi.Ablation("resample"), None, 1 << 24, layers).at_once
+        for layers in ((), (0,), (0, 1))
+    ]
+    assert some[0] > some[1] > some[2] > 1
+
+
 # -- scores
 
 
@@ -344,7 +368,7 @@ def test_messages(setting: Any) -> None:
     circuit = mi.Circuit.from_edges(model, ["embed->m0", "m0->logits"]).with_neurons(["m0.n1", "m0.n5"])
     shape = mi.GraphShape(3, 4, model.cfg.n_kv_heads)
     deep = mi.Circuit.full(shape).with_neurons(["m2.n1"])
-    far = circuit.with_neurons([f"L0.N{last + 1}.mlp_post"])
+    far = circuit.with_neurons(["m0.n1", f"L0.N{last + 1}.mlp_post"])
     whole = "knows whole MLPs alone, and 1 MLP of this circuit keeps some neurons. For the bare edges: circuit.with_neurons({})."
     missing = f"there is no neuron m0.n{last + 1}: the MLPs of {model.name} have neurons 0 to {last}"
     able = "for unit='neuron' there are 'eap', 'eap-ig', 'clean-corrupt', 'eap-ig-activations', 'relp', 'atp-star', 'exact'"
@@ -408,3 +432,12 @@ def test_mixtures_of_experts_have_no_neurons() -> None:
         with pytest.raises(GraphError) as caught:
             call()
         assert str(caught.value) == message
+
+
+def test_each_mlp_is_asked_for_its_own_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where only later layers have experts."""
+    model = mi.load(module_of("llama"), name="mixed")
+    monkeypatch.setattr(model.block(1).mlp, "out", None)
+    check_neurons(model, "m0", [1])
+    with pytest.raises(GraphError, match=r"^m1 of mixed \(LlamaForCausalLM\) is a mixture of experts"):
+        check_neurons(model, "m1", [1])

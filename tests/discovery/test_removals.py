@@ -124,6 +124,28 @@ def test_every_edge_of_a_planted_circuit_is_needed() -> None:
     assert all(known[edge] > 0.1 for edge in toy.truth["resample"])
 
 
+def test_passes_are_as_said() -> None:
+    """A row for each prompt: two runs, the circuit, without each edge, and under other ablations with everything ablated."""
+    toy = mi.toys.induction(n=4)
+    rows: list[int] = []
+    for kind, more in (("resample", 0), ("zero", 1)):
+        truth = toy.truth[kind]
+        drops = mi.minimality(truth, toy.model, toy.task, ablation=kind)
+        assert drops.provenance["forwards"] == 2 + 1 + len(truth) + more
+        found = mi.completeness(truth, toy.model, toy.task, seed=0, subsets=2, steps=2, candidates=2, ablation=kind)
+        # Nothing and two sets; two steps, of which the second has one of the two heads left.
+        assert found.provenance["forwards"] == (2 + 2 * 3 + more) + (2 + 2 * 2 + more) + (2 + 2 * 1 + more)
+        for call, said in ((mi.minimality, drops), (mi.completeness, found)):
+            options = {"seed": 0, "subsets": 2, "steps": 2, "candidates": 2} if said is found else {}
+            rows.clear()
+            handle = toy.model.block(1).register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+            try:
+                call(truth, toy.model, toy.task, ablation=kind, **options)  # type: ignore[operator]
+            finally:
+                handle.remove()
+            assert sum(rows) == said.provenance["forwards"] * len(toy.task)
+
+
 @pytest.mark.usefixtures("unchecked_types")
 def test_refusals(one: Any, circuit: mi.Circuit) -> None:
     empty = mi.Circuit.empty(one.model)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import mechinterp as mi
-from mechinterp.discovery.report import report_markdown, save_all
+from mechinterp.discovery.report import report_markdown, save_all, summary
 
 
 def test_the_page_says_the_numbers() -> None:
@@ -100,3 +101,74 @@ def test_circuits_of_neurons_list_their_neurons_and_no_edges() -> None:
     assert line.startswith(f"**Neurons** with the largest scores: `{best}` {scores[best]:+.3f}")
     counts = ", ".join(f"{mlp} {len(kept)}" for mlp, kept in circuit.neurons.items())
     assert line.endswith(f"Kept of each MLP: {counts}.")
+
+
+REPORT = mi.Report(
+    task="t",
+    model="m",
+    metric="logit_diff",
+    prompts=7,
+    clean=3.0,
+    corrupt=-1.0,
+    circuit=2.5,
+    faithfulness=0.875,
+    faithfulness_interval=(0.8, 0.95),
+    mean_of_ratios=0.9,
+    random_faithfulness=(),
+    random_interval=None,
+    beats_random=0,
+    model_accuracy=1.0,
+    circuit_accuracy=0.75,
+    edges=9,
+    connected=5,
+    all_edges=110,
+    nodes=4,
+    ablation="resample",
+    seed=0,
+    forwards=12,
+    seconds=0.1,
+    empty=-1.0,
+)
+
+
+def found(**said: Any) -> mi.Circuit:
+    shape = mi.GraphShape(n_layers=2, n_heads=4)
+    origin = {"method": "eap", "prompts": 1, "forwards": 2, "backwards": 3, "selection": {"rule": "top", "n": 2}}
+    return mi.Circuit(shape, dict.fromkeys(mi.Circuit.full(shape).edges[:2]), origin | said)
+
+
+def test_the_summary_says_the_numbers() -> None:
+    stories = [story(f"a0.h{i}", 0.5 - 0.1 * i, 0.5 if i == 1 else 0.01) for i in range(7)]
+    assert summary(found(), REPORT, stories).split("\n") == [
+        "circuit        5 connected edges of 110, 4 nodes (eap, top)",
+        "task           t on m, 1 prompt to find it, 7 held out",
+        "logit_diff     clean 3.000, corrupt -1.000, circuit 2.500",
+        "accuracy       model 1.000, circuit 0.750",
+        "faithfulness   0.875 (0.800 to 0.950)",
+        # Of the first five those that are clear.
+        "heads          a0.h0 +0.50, a0.h2 +0.30, a0.h3 +0.20, a0.h4 +0.10",
+        "cost           14 forward, 3 backward passes",
+    ]
+    rivals = replace(REPORT, random_faithfulness=(0.125, 0.375), random_interval=(0.125, 0.375))
+    lines = summary(found(), rivals, []).split("\n")
+    assert lines[4] == "faithfulness   0.875 (0.800 to 0.950), random circuits 0.250"
+    assert lines[5] == "heads          none with a clear effect"
+
+
+@pytest.mark.parametrize(
+    ("report", "said", "line"),
+    [
+        ({"pairs": 3}, {}, "3 pairs of edge and span on 5 connected edges of 110, 4 nodes (eap, top)"),
+        (
+            {"neurons": 6},
+            {"unit": "neuron", "selection": {"rule": "edges among nodes", "n_nodes": 9}},
+            "6 neurons in the place of whole MLPs, 5 connected edges of 110, 4 nodes (eap, neurons)",
+        ),
+        # Where a method chooses by itself; more or fewer than were asked for.
+        ({}, {"method": "acdc", "selection": {"rule": "acdc"}}, "5 connected edges of 110, 4 nodes (acdc)"),
+        ({}, {"selection": {"rule": "top", "n": 4}}, "5 connected edges of 110, 4 nodes (eap, top; 4 asked for, 2 found)"),
+        ({}, {"selection": {"rule": "top", "n": 1}}, "5 connected edges of 110, 4 nodes (eap, top; 1 asked for, 2 found)"),
+    ],
+)
+def test_the_summary_says_how_it_was_chosen(report: dict[str, Any], said: dict[str, Any], line: str) -> None:
+    assert summary(found(**said), replace(REPORT, **report), []).split("\n")[0] == f"circuit        {line}"

@@ -35,6 +35,11 @@ def test_by_hand() -> None:
     assert found.interval[0] == pytest.approx(1 / 3, abs=1e-6)
     plain = found.to_json()
     assert json.loads(json.dumps(plain)) == plain
+    assert (plain["edges"], plain["core"], plain["asked"], plain["seed"]) == (2, 1, 2, 4)
+    # The most frequent first.
+    assert list(plain["frequency"].items()) == [(str(edge), share) for edge, share in found.frequency.items()]
+    assert list(found.frequency.values()) == sorted(found.frequency.values(), reverse=True) and len(found.frequency) == 3
+    assert found.core(0.2).provenance["chosen_again"] == 0.2
     assert repr(found).endswith("of 50 circuits chosen again from 3 resampled prompts; 1 of 2 edges are in 95% of them")
 
 
@@ -43,6 +48,16 @@ def test_scores_that_are_the_same_on_all_prompts_choose_the_same() -> None:
     found = mi.stability(effects(table), SHAPE, edges=3, seed=0, resamples=10, selection="greedy")
     assert set(found.jaccard) == {1.0} and set(found.frequency.values()) == {1.0}
     assert len(found.core(1.0)) == len(found.circuit)
+
+
+def test_options() -> None:
+    table = torch.tensor([[0.0] * 3, [0.0] * 3, [-9.0] * 3, [3.0, 0.0, 0.0], [1.1, 1.1, 1.1]])
+    signed = mi.stability(effects(table), SHAPE, edges=1, selection="top", signed=True, resamples=50, seed=4, confidence=0.5)
+    assert EDGES[2] not in signed.frequency and set(signed.frequency) == {EDGES[3], EDGES[4]}
+    assert signed.confidence == signed.to_json()["confidence"] == 0.5
+    wide = mi.stability(effects(table), SHAPE, edges=1, selection="top", signed=True, resamples=50, seed=4)
+    assert wide.confidence == 0.95 and wide.jaccard == signed.jaccard
+    assert mi.stability(effects(table), SHAPE, edges=1, selection="top", resamples=5, seed=0).circuit.edges == (EDGES[2],)
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -48,6 +48,14 @@ def test_mlps_with_some_neurons() -> None:
     assert inflate(circuit, seed=0)[0].neurons == circuit.neurons
 
 
+def test_neurons_are_in_the_order_of_computation() -> None:
+    deep = GraphShape(n_layers=11, n_heads=1)
+    found = as_neurons(["m10.n3", "m2.n7", "m2.n5"], deep, ["m2", "m10"])
+    assert [(mlp, list(kept)) for mlp, kept in found.items()] == [("m2", [5, 7]), ("m10", [3])]
+    # One MLP under two of its names is one.
+    assert as_neurons({"L2.mlp_out": {7: 0.5}, "m2": {5: None}}, deep, ["m2"]) == {"m2": {5: None, 7: 0.5}}
+
+
 def test_names_of_neurons() -> None:
     assert parse_neuron("m13.n402") == parse_neuron("L13.N402.mlp_post") == ("m13", 402)
     assert [parse_neuron(name) for name in ("m3", "m3.h1", "a0.h1", "L3.N12.mlp_pre")] == [None] * 4
@@ -116,6 +124,8 @@ def test_agreement_counts_edges_and_neurons() -> None:
         "m1 is whole in one of these circuits and keeps some neurons in the other, and how many there are is not known here. "
         "Compare the edges alone: circuit.with_neurons({})."
     )
+    with pytest.raises(GraphError, match="m1 is whole in one of these circuits"):
+        some(m0={1: None}).iou(left)
     with pytest.raises(GraphError) as caught:
         left - right
     assert str(caught.value) == (
@@ -159,6 +169,7 @@ def test_random_circuits_have_as_many_heads_mlps_and_neurons(seed: int) -> None:
     assert kinds["head"] == 2 and kinds["mlp"] == 3
     assert sorted(len(kept) for kept in rival.neurons.values()) == [1, 3]
     assert all(0 <= i < 12 for kept in rival.neurons.values() for i in kept)
+    assert all(list(kept) == sorted(kept) for kept in rival.neurons.values())
     assert set(rival) == set(edges_among(GROUPED, rival.nodes))
     assert rival.nodes != like.nodes
     # Half of the edges: about half of its own.
@@ -169,6 +180,32 @@ def test_random_circuits_have_as_many_heads_mlps_and_neurons(seed: int) -> None:
     spans: dict[Edge, dict[str, float | None]] = {edge: {"S": None} for edge in like.edges[::2]}
     spanned = random_pairs(Circuit(GROUPED, like.scores, spans=spans, neurons=like.neurons), seed=seed, d_mlp=12)
     assert spanned.with_neurons({}).everywhere().edges == rival.edges and spanned.spans
+
+
+def test_random_circuits_are_like_the_connected_part() -> None:
+    edges = edges_among(GROUPED, ["a1.h0", "a3.h2", "m0", "m2", "m5"])
+    like = Circuit.from_edges(GROUPED, edges).with_neurons(["m0.n1", "m0.n2", "m0.n9", "m5.n4"])
+    half = like.only(edges[::2])
+    dangling = half | Circuit.from_edges(GROUPED, ["embed->m4", "a0.h0->logits"]).with_neurons(["m4.n1"])
+    assert half.connected().neurons.keys() == like.neurons.keys() and set(half.connected().nodes) == set(like.nodes)
+    share, seen = half.n_connected / len(like), set()
+    for seed in range(20):
+        rival = random_neurons(like, seed=seed, d_mlp=12)
+        # The same nodes are drawn for half of the edges, and of theirs as large a share.
+        fewer = random_neurons(half, seed=seed, d_mlp=12)
+        assert random_neurons(dangling, seed=seed, d_mlp=12) == fewer
+        assert set(fewer) < set(rival) and len(fewer) == round(share * len(rival))
+        assert fewer.neurons.items() <= rival.neurons.items()
+        seen |= {i for kept in rival.neurons.values() for i in kept}
+    assert seen == set(range(12))
+    # One edge less is less than all.
+    most = like.only(edge for edge in edges if edge != Edge("embed", "logits", "in"))
+    assert len(random_neurons(most, seed=0, d_mlp=12)) < len(random_neurons(like, seed=0, d_mlp=12))
+    # Few edges: an MLP whose edges were not drawn has no neurons either.
+    path = Circuit.from_edges(GROUPED, ["embed->m0", "m0->m2", "m2->m5", "m5->logits"]).with_neurons(["m0.n1", "m2.n4", "m5.n3"])
+    few = [random_neurons(path, seed=seed, d_mlp=12) for seed in range(30)]
+    assert all(set(each.neurons) == {name for name in each.nodes if name.startswith("m")} for each in few)
+    assert {len(each) for each in few} == {4} and {len(each.neurons) for each in few} >= {2, 3}
 
 
 def test_random_neurons_are_drawn_from_a_number() -> None:
@@ -216,6 +253,7 @@ def test_of_edges_without_scores_those_among_the_best_nodes_are_drawn() -> None:
         ({"m1": [12, 40]}, "The neurons of m1 are [12, 40]. Give each index a score or None, such as dict.fromkeys([12, 40])."),
         ({"m1": {-1: None}}, "-1 is not a neuron of m1. Neurons are whole numbers from 0 on."),
         ({"m1": {"4": None}}, "'4' is not a neuron of m1. Neurons are whole numbers from 0 on."),
+        ({"m1": {True: None}}, "True is not a neuron of m1. Neurons are whole numbers from 0 on."),
         ({"m1": {4: "x"}}, "The score of m1.n4 is 'x'. Give a finite number, or None for no score."),
         (["m1"], "'m1' is not the name of a neuron. Neurons are written m3.n12 or L3.N12.mlp_post."),
         (["m7.n1"], "There is no node m7: the layers are 0 to 2."),

@@ -12,6 +12,7 @@ import mechinterp as mi
 from mechinterp.errors import ModelError
 from mechinterp.patching.flow import flow
 from tests.core.conftest import Plain, module_of
+from tests.reference import copy_of
 
 
 def test_is_the_definition(setting: Any) -> None:
@@ -86,6 +87,15 @@ def test_heads_that_are_summed_and_normed_have_their_part_of_what_comes_out() ->
     found = dict(zip(effects.coords["edge"], effects.per_example, strict=True))
     for name, each in near.items():
         torch.testing.assert_close(found[name, "logits", "in"], (each / whole).mean(-1), atol=1e-4, rtol=1e-3)
+
+
+def test_a_stream_of_nothing_is_made_up_of_nothing(setting: Any) -> None:
+    model = copy_of(setting.model)
+    with torch.no_grad():
+        for weights in model.hf.parameters():
+            weights.zero_()
+    effects = flow(model, setting.task)
+    assert (effects.per_example == 0).all()
 
 
 def test_other_architectures() -> None:

@@ -73,6 +73,30 @@ def test_no_value_changes(setting: Any) -> None:
     assert (relevance.values - plain.values).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_neuron_that_is_nothing_gets_nothing(architecture: str) -> None:
+    """f(0) / 0 is told nowhere: a neuron without weights, as if nothing read it."""
+    clean = torch.randint(1, 60, (2, 5), generator=torch.Generator().manual_seed(0))
+    task = mi.Task(name="random", clean=clean, corrupt=clean.flip(1), right=[1, 2], wrong=[4, 5])
+    found = []
+    for unread in (False, True):
+        module = module_of(architecture)
+        weights = dict(module.named_parameters())
+        with torch.no_grad():
+            for name, value in weights.items():
+                if name.endswith(("mlp.c_fc.weight", "mlp.c_fc.bias")):
+                    value[..., 0] = 0.0
+                if name.endswith(("mlp.gate_proj.weight", "mlp.up_proj.weight")):
+                    value[0] = 0.0
+                if unread and name.endswith("mlp.c_proj.weight"):
+                    value[0] = 0.0
+                if unread and name.endswith("mlp.down_proj.weight"):
+                    value[:, 0] = 0.0
+        found.append(mi.attribute(mi.load(module), task, rules="relp", normalize=False).per_example)
+    assert found[0].isfinite().all() and found[0].abs().max() > 1e-3
+    torch.testing.assert_close(*found)
+
+
 def test_parallel_models() -> None:
     model = mi.load(module_of("neox"))
     clean = torch.randint(1, 60, (3, 6), generator=torch.Generator().manual_seed(0))

@@ -181,6 +181,17 @@ def test_edits_of_queries_and_keys_give_the_same_on_all_shapes(model: mi.Model, 
     assert mixed.values.sum().item() == pytest.approx(float(sum(alone)), abs=1e-5)
 
 
+def test_cells_of_several_heads_or_positions_are_moved_together(model: mi.Model, task: mi.Task) -> None:
+    """A query changes its own position of its own head alone, so that what moves together adds up."""
+    options: dict[str, Any] = {"rules": "qk-fix", "normalize": False}
+    grid = mi.attribute(model, task, "L1.H*.q", over=("head", "pos"), **options).per_example
+    heads = mi.attribute(model, task, "L1.H*.q[6] | L1.H*.q[7]", over=("head",), **options).per_example
+    torch.testing.assert_close(heads, grid[:, 6:8].sum(dim=1), atol=1e-5, rtol=1e-4)
+    layer = mi.attribute(model, task, "L1.H*.q", over=("layer",), **options).per_example
+    torch.testing.assert_close(layer[0], grid.sum(dim=(0, 1)), atol=1e-5, rtol=1e-4)
+    assert (grid[:, 7].abs().amax(dim=1) > 1e-4).all()
+
+
 @pytest.mark.parametrize("direction", ["noise", "denoise"])
 def test_edits_of_what_is_read_give_the_same_on_all_shapes(model: mi.Model, task: mi.Task, direction: Any) -> None:
     """Edges from the embedding and an MLP into queries and keys, by edits of what one head's port reads."""
