@@ -1,10 +1,10 @@
 """How long does ACDC take beside auto-circuit's, on the same model, pairs, measure, threshold and order of edges?
 
 auto-circuit needs a transformer_lens of before 3, so that it runs in an environment of its own, as a process that waits while
-ours runs. It visits the edges in an order of its own, which ours is then given. Both run in
-float32: what stays is the same but for edges that rounding decides at the threshold, and what follows from them.
+ours runs. It visits the edges in an order of its own, which ours is then given. Both run in float32: what stays is the same but
+for edges that rounding decides at the threshold, and what follows from them.
 
-    python -m venv peer && peer/bin/pip install auto-circuit "transformer_lens<3"
+    python -m venv peer && peer/bin/pip install auto-circuit "transformer_lens<3" "datasets<4" "pyarrow<20"
     python benchmarks/acdc_peer.py --peer peer/bin/python
 """
 
