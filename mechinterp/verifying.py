@@ -111,7 +111,10 @@ def verify(
     """
     certificate = circuit.certificate
     if certificate is None:
-        raise FileFormatError(f"{circuit!r} carries no evaluation to verify; add one: circuit.with_report(report.to_json())")
+        raise FileFormatError(
+            f"{circuit!r} carries no evaluation to verify; add one: circuit.with_report(report), with report = "
+            "mi.evaluate(circuit, ...)"
+        )
     if certificate.metric not in METRICS:
         raise MetricError(f"the circuit was judged by {certificate.metric!r}, a metric without a name here; evaluate it yourself")
     task = rebuild_task(model, certificate.prompts, certificate.task, pairs=pairs)

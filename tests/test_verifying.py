@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import mechinterp as mi
 from mechinterp import cli
-from mechinterp.errors import FileFormatError, MetricError, TaskError
+from mechinterp.errors import FileFormatError, MechInterpError, MetricError, TaskError
 from mechinterp.verifying import Check, rebuild_task
 
 ROOT = Path(__file__).parents[1]
@@ -154,13 +154,34 @@ def test_prompts_of_other_words_are_not_made_again(smollm2: mi.Model) -> None:
 def test_what_cannot_be_verified() -> None:
     toy = mi.toys.induction(n=4)
     truth = toy.truth["zero"]
-    with pytest.raises(FileFormatError, match="carries no evaluation to verify; add one"):
+    with pytest.raises(FileFormatError) as caught:
         mi.verify(truth, toy.model)
+    assert str(caught.value) == (
+        f"{truth!r} carries no evaluation to verify; add one: circuit.with_report(report), with report = "
+        "mi.evaluate(circuit, ...)"
+    )
     report = mi.evaluate(truth, toy.model, toy.task, seed=0, random_circuits=0).to_json()
     with pytest.raises(MetricError, match="was judged by 'mine', a metric without a name here"):
         mi.verify(truth.with_report(report | {"metric": "mine"}), toy.model)
     with pytest.raises(TaskError, match="under the ablation 'mean, over x, 3 prompts', whose reference prompts are not in the"):
         mi.verify(truth.with_report(report | {"ablation": "mean, over x, 3 prompts"}), toy.model)
+
+
+def test_a_circuit_is_verified_once_it_is_saved_with_its_report(tmp_path: Path) -> None:
+    toy = mi.toys.induction(n=4)
+    truth = toy.truth["zero"]
+    file = truth.save(tmp_path / "c1.json")
+    with pytest.raises(MechInterpError) as caught:
+        run("verify", file)
+    assert str(caught.value) == (
+        f"{file} carries no evaluation to verify; `mechinterp discover` writes one, and in Python: "
+        "circuit.with_report(report).save(...), with report = mi.evaluate(circuit, ...)"
+    )
+    report = mi.evaluate(truth, toy.model, toy.task, seed=0, random_circuits=0, ablation="zero")
+    truth.with_report(report).save(file)
+    assert truth.with_report(report).report == truth.with_report(report.to_json()).report
+    code, told = run("verify", file)
+    assert code == 0 and "BROKEN" not in told
 
 
 def test_tolerances() -> None:
