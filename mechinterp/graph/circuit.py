@@ -382,8 +382,8 @@ class Circuit:
         told = to_json() if callable(to_json) and not isinstance(report, type) else report
         if not isinstance(told, Mapping):
             raise GraphError(
-                f"a {type(report).__name__} was given where a report belongs: report = mi.evaluate(circuit, model, task, seed=0), then "
-                "circuit.with_report(report)"
+                f"a {type(report).__name__} was given as a report: report = mi.evaluate(circuit, model, task, seed=0), "
+                "then circuit.with_report(report)"
             )
         return replace(self, report=told)
 
