@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mechinterp.core.ablation import Ablation
+from mechinterp.core.arguments import check_model
 from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
 from mechinterp.discovery.discover import score_again
 from mechinterp.discovery.evaluate import evaluate
 from mechinterp.errors import FileFormatError, MetricError, TaskError
-from mechinterp.graph import Circuit
+from mechinterp.graph import Circuit, check_circuit
 from mechinterp.graph.certificate import Certificate
 from mechinterp.tasks import METRICS, TASKS, Task
 
@@ -78,7 +80,12 @@ class Verification:
 
 
 def verify(
-    circuit: Circuit, model: Model, *, quick: bool = False, pairs: Path | None = None, progress: bool = False
+    circuit: Circuit | str | os.PathLike[str],
+    model: Model,
+    *,
+    quick: bool = False,
+    pairs: Path | None = None,
+    progress: bool = False,
 ) -> Verification:
     """Which claims of this circuit's certificate hold on this model?
 
@@ -88,7 +95,7 @@ def verify(
     Parameters
     ----------
     circuit
-        From a file with a report.
+        Saved with a report; or its file, or the file's folder.
     model
         The model that it names.
     quick
@@ -98,6 +105,8 @@ def verify(
 
     Raises
     ------
+    GraphError
+        It is neither a circuit nor the name of a file.
     FileFormatError
         The circuit carries no evaluation.
     TaskError, MetricError
@@ -109,6 +118,10 @@ def verify(
     edges are scored again on the prompts that found the circuit. That the recorded command finds these very edges again is not
     checked: run the command.
     """
+    if isinstance(circuit, str | os.PathLike):
+        circuit = Circuit.load(circuit)
+    check_circuit(circuit, "the circuit or its file comes first, then the model")
+    check_model(model)
     certificate = circuit.certificate
     if certificate is None:
         raise FileFormatError(

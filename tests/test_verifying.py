@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import mechinterp as mi
 from mechinterp import cli
-from mechinterp.errors import FileFormatError, MechInterpError, MetricError, TaskError
+from mechinterp.errors import FileFormatError, GraphError, MechInterpError, MetricError, ModelError, TaskError
 from mechinterp.verifying import Check, rebuild_task
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +182,19 @@ def test_a_circuit_is_verified_once_it_is_saved_with_its_report(tmp_path: Path) 
     assert truth.with_report(report).report == truth.with_report(report.to_json()).report
     code, told = run("verify", file)
     assert code == 0 and "BROKEN" not in told
+    # The file's name is as good as the circuit in it.
+    for name in (file, str(file)):
+        assert repr(mi.verify(name, toy.model)) == repr(mi.verify(mi.Circuit.load(file), toy.model))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_verify_takes_a_circuit_and_then_a_model() -> None:
+    toy = mi.toys.induction(n=4)
+    with pytest.raises(GraphError) as refused:
+        mi.verify(toy.model, toy.model)  # type: ignore[arg-type]
+    assert str(refused.value) == "a Model was given where a circuit belongs: the circuit or its file comes first, then the model"
+    with pytest.raises(ModelError, match="the name 'smollm2' was given where a model is needed; load it first"):
+        mi.verify(toy.truth["zero"], "smollm2")  # type: ignore[arg-type]
 
 
 def test_tolerances() -> None:

@@ -60,8 +60,7 @@ def test_what_is_no_report(given: object, name: str) -> None:
     with pytest.raises(GraphError) as caught:
         Circuit.from_edges(SHAPE, ["embed->logits"]).with_report(given)
     assert str(caught.value) == (
-        f"a {name} was given as a report: report = mi.evaluate(circuit, model, task, seed=0), then "
-        "circuit.with_report(report)"
+        f"a {name} was given as a report: report = mi.evaluate(circuit, model, task, seed=0), then circuit.with_report(report)"
     )
 
 
