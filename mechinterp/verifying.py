@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -162,7 +163,11 @@ def verify(
             checks.append(Check(label, value, found.get(label, "nothing"), _tolerance(label, value, len(task))))
     unchecked = [f"{name} (--quick)" for name in skipped if name in certificate.claims]
     unchecked += [f"{name} (how its edges were scored cannot be told from the file)" for name in lost]
-    return Verification(certificate, tuple(checks), (*unchecked, "that its command finds the same edges again (make circuits)"))
+    if certificate.command:
+        unchecked.append(f"that its command finds the same edges again; run it: {shlex.join(certificate.command)}")
+    else:
+        unchecked.append("that the same edges are found again: no command is recorded")
+    return Verification(certificate, tuple(checks), tuple(unchecked))
 
 
 def _scores(circuit: Circuit, model: Model, further: Mapping[str, Any], pairs: Path | None, progress: bool) -> Effects | None:
@@ -268,4 +273,7 @@ def _tolerance(name: str, claimed: float | str, prompts: int) -> float:
 
 
 def _shown(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
+    if isinstance(value, str):
+        return value
+    # A count is said in full, however large.
+    return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
