@@ -311,7 +311,10 @@ def verify(
         circuit = _circuit(file)
         certificate = circuit.certificate
         if certificate is None:
-            raise MechInterpError(f"{file} carries no evaluation to verify; `mechinterp discover` writes one")
+            raise MechInterpError(
+                f"{file} carries no evaluation to verify; `mechinterp discover` writes one, and in Python: "
+                "circuit.with_report(report).save(...), with report = mi.evaluate(circuit, ...)"
+            )
         loaded = mi.load(model or certificate.model)
         found = verify_circuit(circuit, loaded, quick=quick, pairs=pairs, progress=True)
         print(f"{file}\n{found!r}", flush=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -12,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mechinterp.core.ablation import Ablation
+from mechinterp.core.arguments import check_model
 from mechinterp.core.effects import Effects
 from mechinterp.core.model import Model
 from mechinterp.discovery.discover import score_again
 from mechinterp.discovery.evaluate import evaluate
 from mechinterp.errors import FileFormatError, MetricError, TaskError
-from mechinterp.graph import Circuit
+from mechinterp.graph import Circuit, check_circuit
 from mechinterp.graph.certificate import Certificate
 from mechinterp.tasks import METRICS, TASKS, Task
 
@@ -78,7 +81,12 @@ class Verification:
 
 
 def verify(
-    circuit: Circuit, model: Model, *, quick: bool = False, pairs: Path | None = None, progress: bool = False
+    circuit: Circuit | str | os.PathLike[str],
+    model: Model,
+    *,
+    quick: bool = False,
+    pairs: Path | None = None,
+    progress: bool = False,
 ) -> Verification:
     """Which claims of this circuit's certificate hold on this model?
 
@@ -88,7 +96,7 @@ def verify(
     Parameters
     ----------
     circuit
-        From a file with a report.
+        Saved with a report; or its file, or the file's folder.
     model
         The model that it names.
     quick
@@ -98,6 +106,8 @@ def verify(
 
     Raises
     ------
+    GraphError
+        It is neither a circuit nor the name of a file.
     FileFormatError
         The circuit carries no evaluation.
     TaskError, MetricError
@@ -109,9 +119,16 @@ def verify(
     edges are scored again on the prompts that found the circuit. That the recorded command finds these very edges again is not
     checked: run the command.
     """
+    if isinstance(circuit, str | os.PathLike):
+        circuit = Circuit.load(circuit)
+    check_circuit(circuit, "the circuit or its file comes first, then the model")
+    check_model(model)
     certificate = circuit.certificate
     if certificate is None:
-        raise FileFormatError(f"{circuit!r} carries no evaluation to verify; add one: circuit.with_report(report.to_json())")
+        raise FileFormatError(
+            f"{circuit!r} carries no evaluation to verify; add one: circuit.with_report(report), with report = "
+            "mi.evaluate(circuit, ...)"
+        )
     if certificate.metric not in METRICS:
         raise MetricError(f"the circuit was judged by {certificate.metric!r}, a metric without a name here; evaluate it yourself")
     task = rebuild_task(model, certificate.prompts, certificate.task, pairs=pairs)
@@ -146,7 +163,11 @@ def verify(
             checks.append(Check(label, value, found.get(label, "nothing"), _tolerance(label, value, len(task))))
     unchecked = [f"{name} (--quick)" for name in skipped if name in certificate.claims]
     unchecked += [f"{name} (how its edges were scored cannot be told from the file)" for name in lost]
-    return Verification(certificate, tuple(checks), (*unchecked, "that its command finds the same edges again (make circuits)"))
+    if certificate.command:
+        unchecked.append(f"that its command finds the same edges again; run it: {shlex.join(certificate.command)}")
+    else:
+        unchecked.append("that the same edges are found again: no command is recorded")
+    return Verification(certificate, tuple(checks), tuple(unchecked))
 
 
 def _scores(circuit: Circuit, model: Model, further: Mapping[str, Any], pairs: Path | None, progress: bool) -> Effects | None:
@@ -252,4 +273,7 @@ def _tolerance(name: str, claimed: float | str, prompts: int) -> float:
 
 
 def _shown(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
+    if isinstance(value, str):
+        return value
+    # A count is said in full, however large.
+    return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"

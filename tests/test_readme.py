@@ -47,7 +47,9 @@ def test_every_block_runs(empty: Path) -> None:
     assert isinstance(report, mi.Report)
     assert report.faithfulness > 0.9
     assert isinstance(circuit, mi.Circuit)
-    assert mi.Circuit.load("induction.json") == circuit
+    saved = mi.Circuit.load("induction.json")
+    assert saved == circuit.with_report(report)
+    assert saved.certificate is not None and saved.certificate.claims["faithfulness"] == report.faithfulness
     # "Every result shows itself: `effects` is a heat map, `circuit` a diagram, `report` a summary."
     effects = names["effects"]
     assert isinstance(effects, mi.Effects)

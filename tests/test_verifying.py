@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ from typer.testing import CliRunner
 
 import mechinterp as mi
 from mechinterp import cli
-from mechinterp.errors import FileFormatError, MetricError, TaskError
-from mechinterp.verifying import Check, rebuild_task
+from mechinterp.errors import FileFormatError, GraphError, MechInterpError, MetricError, ModelError, TaskError
+from mechinterp.verifying import Check, Verification, rebuild_task
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "circuits").glob("*/circuit.json"))
@@ -56,7 +58,9 @@ def test_a_file_just_written_holds(folder: Path) -> None:
     kept = sum(line.startswith("  holds ") for line in lines)
     assert lines[1] == f"Verification: induction on toy:induction: {kept} of {kept} claims hold"
     assert any("random_faithfulness[1]" in line for line in lines)
-    assert lines[-1] == "  not checked: that its command finds the same edges again (make circuits)"
+    certificate = mi.Circuit.load(folder).certificate
+    assert certificate is not None and certificate.command[:1] == ("mechinterp",)
+    assert lines[-1] == f"  not checked: that its command finds the same edges again; run it: {shlex.join(certificate.command)}"
     code, told = run("verify", folder / "circuit.json", "--quick")
     assert code == 0 and "  not checked: random_faithfulness (--quick)\n" in told
 
@@ -154,8 +158,12 @@ def test_prompts_of_other_words_are_not_made_again(smollm2: mi.Model) -> None:
 def test_what_cannot_be_verified() -> None:
     toy = mi.toys.induction(n=4)
     truth = toy.truth["zero"]
-    with pytest.raises(FileFormatError, match="carries no evaluation to verify; add one"):
+    with pytest.raises(FileFormatError) as caught:
         mi.verify(truth, toy.model)
+    assert str(caught.value) == (
+        f"{truth!r} carries no evaluation to verify; add one: circuit.with_report(report), with report = "
+        "mi.evaluate(circuit, ...)"
+    )
     report = mi.evaluate(truth, toy.model, toy.task, seed=0, random_circuits=0).to_json()
     with pytest.raises(MetricError, match="was judged by 'mine', a metric without a name here"):
         mi.verify(truth.with_report(report | {"metric": "mine"}), toy.model)
@@ -163,10 +171,58 @@ def test_what_cannot_be_verified() -> None:
         mi.verify(truth.with_report(report | {"ablation": "mean, over x, 3 prompts"}), toy.model)
 
 
+def test_a_circuit_is_verified_once_it_is_saved_with_its_report(tmp_path: Path) -> None:
+    toy = mi.toys.induction(n=4)
+    truth = toy.truth["zero"]
+    file = truth.save(tmp_path / "c1.json")
+    with pytest.raises(MechInterpError) as caught:
+        run("verify", file)
+    assert str(caught.value) == (
+        f"{file} carries no evaluation to verify; `mechinterp discover` writes one, and in Python: "
+        "circuit.with_report(report).save(...), with report = mi.evaluate(circuit, ...)"
+    )
+    report = mi.evaluate(truth, toy.model, toy.task, seed=0, random_circuits=0, ablation="zero")
+    truth.with_report(report).save(file)
+    assert truth.with_report(report).report == truth.with_report(report.to_json()).report
+    code, told = run("verify", file)
+    assert code == 0 and "BROKEN" not in told
+    assert told.splitlines()[-1] == "  not checked: that the same edges are found again: no command is recorded"
+    # The file's name is as good as the circuit in it.
+    for name in (file, str(file)):
+        assert repr(mi.verify(name, toy.model)) == repr(mi.verify(mi.Circuit.load(file), toy.model))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_verify_takes_a_circuit_and_then_a_model() -> None:
+    toy = mi.toys.induction(n=4)
+    with pytest.raises(GraphError) as refused:
+        mi.verify(toy.model, toy.model)  # type: ignore[arg-type]
+    assert str(refused.value) == "a Model was given where a circuit belongs: the circuit or its file comes first, then the model"
+    with pytest.raises(ModelError, match="the name 'smollm2' was given where a model is needed; load it first"):
+        mi.verify(toy.truth["zero"], "smollm2")  # type: ignore[arg-type]
+
+
 def test_tolerances() -> None:
     assert Check("a", 1.0, 1.0009, 1e-3).holds and not Check("a", 1.0, 1.0011, 1e-3).holds
     assert Check("a", "x", "x", 0.0).holds and not Check("a", "x", 1.0, 0.0).holds
     assert not Check("a", 1.0, float("nan"), 1.0).holds
+
+
+def test_counts_are_said_in_full() -> None:
+    toy = mi.toys.induction(n=4)
+    report = mi.evaluate(toy.truth["zero"], toy.model, toy.task, seed=0, random_circuits=0)
+    certificate = toy.truth["zero"].with_report(report).certificate
+    assert certificate is not None
+    checks = (
+        Check("all_edges", 70651.0, 70652.0, 0.0),
+        Check("clean", 5.32886, -1.25e-5, 1e-3),
+        Check("x", "a", math.nan, 0.0),
+    )
+    assert repr(Verification(certificate, checks, ())).splitlines()[1:] == [
+        "  BROKEN all_edges                        claimed      70651  found      70652",
+        "  BROKEN clean                            claimed      5.329  found  -1.25e-05",
+        "  BROKEN x                                claimed          a  found        nan",
+    ]
 
 
 def test_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,6 +259,11 @@ class Effects:
         return f"<pre>{escape(repr(self))}</pre><table>{rows}</table>"
 
     def __repr__(self) -> str:
-        shape = " x ".join(f"{len(self.coords[axis])} {axis}" for axis in self.axes)
+        shape = " x ".join(_counted(len(self.coords[axis]), axis) for axis in self.axes)
         strongest = ", ".join(f"{name} {value:+.3f}" for name, value in self.top(3))
-        return f"Effects: {self.quantity}; {shape}, {self.per_example.shape[-1]} prompts; strongest {strongest}"
+        return f"Effects: {self.quantity}; {shape}, {_counted(self.per_example.shape[-1], 'prompt')}; strongest {strongest}"
+
+
+def _counted(n: int, noun: str) -> str:
+    """A number and its noun; what ends in s, such as ``pos``, is its own plural."""
+    return f"{n} {noun}" if n == 1 or noun.endswith("s") else f"{n} {noun}s"

@@ -59,7 +59,8 @@ class Agreement:
     scored
         How many edges have an estimate.
     top
-        The k whose overlap is told: those below the number of edges compared.
+        The k whose overlap is told, those below the number of edges compared; where fewer are beyond rounding, their number
+        instead.
     rounding
         Exact effects up to this size may be nothing but rounding: 100 units in the last place of the larger of the clean and the
         corrupt metric (at least 1), in the units of the effects.
@@ -110,6 +111,11 @@ class Agreement:
         return self.exact.values.abs() > self.rounding
 
     @property
+    def mostly_rounding(self) -> bool:
+        """Fewer than half of the edges compared have an exact effect beyond rounding: most ranks are those of noise."""
+        return 2 * int(self.beyond_rounding.sum()) < len(self.edges)
+
+    @property
     def sign_agreement(self) -> float:
         """The share of edges beyond rounding whose estimate has the sign of the exact effect; nan without such edges."""
         same = (self.estimate.sign() == self.exact.values.sign())[self.beyond_rounding]
@@ -118,7 +124,8 @@ class Agreement:
     def overlap(self, k: int) -> float:
         """The share of the ``k`` edges of largest absolute exact effect that are among the ``k`` of largest absolute estimate.
 
-        Among the edges compared, not among all edges of the graph.
+        Among the edges compared, not among all edges of the graph. Where ``k`` is above the number of edges beyond rounding,
+        the last of the ``k`` are chosen by noise.
 
         Raises
         ------
@@ -201,7 +208,7 @@ class Agreement:
             "pearson_abs": self.pearson_abs,
             "sign_agreement": self.sign_agreement,
             "beyond_rounding": int(self.beyond_rounding.sum()),
-            "overlap": {str(k): self.overlap(k) for k in self.top},
+            "overlap": {str(k): self.overlap(k) for k in self._told()},
             "by_magnitude": [row._asdict() for row in self.by_magnitude],
             "edges": [str(edge) for edge in self.edges],
             "estimate": self.estimate.tolist(),
@@ -265,8 +272,26 @@ class Agreement:
         axes.set_ylabel(f"estimate ({self.provenance['estimator']})")
         if named and axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper left", fontsize=8, frameon=False)
-        axes.set_title(self._title() + f"\nrank correlation {self.spearman:.2f}, same sign {self.sign_agreement:.2f}", fontsize=9)
+        # Ranks that are mostly noise are no headline.
+        headline = f"Pearson {self.pearson:.2f}" if self.mostly_rounding else f"rank correlation {self.spearman:.2f}"
+        axes.set_title(self._title() + f"\n{headline}, same sign {self.sign_agreement:.2f}", fontsize=9)
         return figure
+
+    def _told(self) -> tuple[int, ...]:
+        """The k that are told: of more edges than have an effect, the last are drawn by noise."""
+        n = int(self.beyond_rounding.sum())
+        return tuple(dict.fromkeys(min(k, n) for k in self.top)) if n else ()
+
+    def _caution(self) -> list[str]:
+        """Said where ranks are mostly those of rounding noise, which no estimate can or need match."""
+        if not self.mostly_rounding:
+            return []
+        n = int(self.beyond_rounding.sum())
+        have = "has" if n == 1 else "have"
+        return [
+            f"  caution: {n} of {counted(len(self.edges), 'edge')} {have} an exact effect beyond rounding; the others rank by "
+            f"noise, so that the rank correlation, and the top k for any k above {n}, say little"
+        ]
 
     def _title(self) -> str:
         origin = self.provenance
@@ -281,7 +306,7 @@ class Agreement:
 
     def __repr__(self) -> str:
         origin, beyond = self.provenance, int(self.beyond_rounding.sum())
-        shared = ", ".join(f"top {k}: {self.overlap(k):.2f}" for k in self.top) or "too few for a top"
+        shared = ", ".join(f"top {k}: {self.overlap(k):.2f}" for k in self._told()) or "too few for a top"
         flagged = []
         for name, flags in (("saturated", self.saturated), ("cancelling", self.cancelling)):
             members = self.strongest(flags)
@@ -298,6 +323,7 @@ class Agreement:
                 f"  compared: {self.chosen}{self._elsewhere()}",
                 f"  rank correlation {self.spearman:.3f} (absolute {self.spearman_abs:.3f}), Pearson {self.pearson:.3f} "
                 f"(absolute {self.pearson_abs:.3f})",
+                *self._caution(),
                 f"  same sign {self.sign_agreement:.3f} of {counted(beyond, 'edge')} beyond rounding; "
                 f"overlap among those compared: {shared}",
                 f"  {', '.join(flagged)}",

@@ -15,6 +15,7 @@ from mechinterp.discovery.removals import completeness, drawn_edges, drops_of, k
 from mechinterp.discovery.running import run_circuits
 from mechinterp.discovery.stability import stability
 from mechinterp.graph import Circuit
+from mechinterp.graph.nodes import counted
 from mechinterp.patching.compare import MetricLike
 from mechinterp.tasks import Task
 
@@ -24,6 +25,8 @@ _SAMPLE, _INFLATED, _RESAMPLES = 50, 30, 50
 _OTHERS = ("zero", "mean", "resample")
 # A drop of faithfulness below this is none.
 _NO_DROP = 1e-3
+# Of the test that the circuit is as good as the model; that of `check_hypotheses`.
+_LEVEL = 0.05
 
 
 def look_further(
@@ -140,8 +143,8 @@ def told(further: Mapping[str, Any]) -> Iterator[str]:
     if "minimality" in further:
         each = further["minimality"]
         yield (
-            f"minimality: the median drop without one of {each['edges']} edges is {each['median']:.4f}; "
-            f"{each['no_drop']} of them can go without a drop"
+            f"minimality, {counted(each['edges'], 'edge')} removed one at a time: the median drop is {each['median']:.4f}; "
+            f"{each['no_drop']} of them can go, each alone, without a drop"
         )
     if further.get("ablations"):
         shares = [f"{kind} {'undefined' if f is None else format(f, '.3f')}" for kind, f in further["ablations"].items()]
@@ -150,9 +153,11 @@ def told(further: Mapping[str, Any]) -> Iterator[str]:
         each = further["hypotheses"]
         tests = ", ".join(f"{name} p {p:.3g}" for name, p in each["p"].items())
         yield f"hypotheses of an ideal circuit: {tests}; rejected: {', '.join(each['rejected']) or 'none'}"
+        # A large p is no evidence of a difference either: it says nothing.
+        shown = "is shown" if each["p_same"] < _LEVEL else "is not shown"
         yield (
-            f"{each['needless']} of {each['edges']} edges do no more than random ones; the circuit is the model's equal at p "
-            f"{each['p_same']:.3g}"
+            f"{each['needless']} of {each['edges']} edges do no more than random ones; that the circuit does as well as the "
+            f"model, within a margin, {shown} (p {each['p_same']:.3g})"
         )
     if "curve" in further:
         each = further["curve"]

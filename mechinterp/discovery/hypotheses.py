@@ -103,13 +103,14 @@ class HypothesisTests:
             return f"p {self.p_values[name]:.3g}, {'REJECTED' if name in self.rejected else 'not rejected'}"
 
         signs, origin = self.equivalence, self.provenance
+        shown = "is shown" if signs.p_same < self.level else "is not shown"
         tied = f", {signs.ties} ties" if signs.ties else ""
         return "\n".join(
             [
                 f"HypothesisTests: {origin['task']} on {origin['model']}, {origin['prompts']} prompts, "
                 f"{origin['ablation']} ablation; level {self.level}, {self.correction} correction",
                 f"  equivalence: {verdict('equivalence')} (circuit above the model on {signs.wins} prompts, below on "
-                f"{signs.losses}{tied}; shown to be within {signs.margin} of even at p {signs.p_same:.3g})",
+                f"{signs.losses}{tied}; that it is within {signs.margin} of even {shown}, p {signs.p_same:.3g})",
                 f"  independence: {verdict('independence')} (HSIC {self.independence.statistic:.3g} of the rest and the model)",
                 f"  minimality: {verdict('minimality')} ({len(self.needless)} of {len(self.edges)} edges do no more "
                 "than random ones)",

@@ -9,7 +9,7 @@ from typing import Any
 from mechinterp.core.effects import Effects
 from mechinterp.discovery.measuring import scores_of
 from mechinterp.errors import GraphError
-from mechinterp.graph import Circuit, Edge, check_everywhere, scored_edges
+from mechinterp.graph import Circuit, Edge, check_circuit, check_everywhere, scored_edges
 from mechinterp.graph.nodes import counted
 
 __all__ = ["Recovery", "auroc", "compare_to_known"]
@@ -36,7 +36,7 @@ def auroc(scores: Effects | Circuit | Mapping[Edge, float], truth: Circuit, *, s
     Raises
     ------
     GraphError
-        The truth has no edge, or every edge; a score of an edge that its graph does not have.
+        The truth is no circuit, or has no edge, or every edge; a score of an edge that its graph does not have.
 
     Examples
     --------
@@ -47,6 +47,9 @@ def auroc(scores: Effects | Circuit | Mapping[Edge, float], truth: Circuit, *, s
     >>> mi.auroc({mi.Edge.parse(edge): score for edge, score in scores.items()}, truth)
     1.0
     """
+    check_circuit(truth, "the scores come first, then the known circuit")
+    if not isinstance(scores, Effects | Mapping):
+        check_circuit(scores, "scores come first, mi.attribute(model, task, unit='edge'), then the known circuit")
     known = dict(scores) if isinstance(scores, Mapping) else scores_of(scores)
     everything = scored_edges(truth.shape)
     foreign = set(known) - set(everything)
@@ -135,7 +138,7 @@ def compare_to_known(circuit: Circuit, truth: Circuit) -> Recovery:
     Raises
     ------
     GraphError
-        Circuits of different shapes, or an empty truth.
+        Scores instead of a circuit, circuits of different shapes, or an empty truth.
 
     Examples
     --------
@@ -144,6 +147,7 @@ def compare_to_known(circuit: Circuit, truth: Circuit) -> Recovery:
     >>> mi.compare_to_known(mi.discover(toy.model, toy.task, edges=5), toy.truth["resample"])
     Recovery: precision 1.000, recall 1.000, AUROC 1.000; 5 edges right, 0 missed, 0 extra
     """
+    _check_circuits(circuit, truth)
     if circuit.shape != truth.shape:
         raise GraphError(f"a circuit of {circuit.shape} cannot be compared with a known one of {truth.shape}")
     if not len(truth):
@@ -157,3 +161,13 @@ def compare_to_known(circuit: Circuit, truth: Circuit) -> Recovery:
         extra=tuple(edge for edge in circuit if edge not in truth.scores),
         auroc=auroc(scores, truth) if scores and len(truth) < truth.shape.n_edges else None,
     )
+
+
+def _check_circuits(found: object, truth: object) -> None:
+    if isinstance(found, Effects):
+        raise GraphError(
+            "scores were given where a circuit belongs: choose edges first, mi.discover(model, task, edges=...), or rank all "
+            "of them, mi.auroc(scores, truth)"
+        )
+    for each in (found, truth):
+        check_circuit(each, "the circuit that was found comes first, then the known one")

@@ -66,7 +66,7 @@ class Certificate:
     >>> toy = mi.toys.induction()
     >>> truth = toy.truth["resample"]
     >>> report = mi.evaluate(truth, toy.model, toy.task, seed=0, random_circuits=2)
-    >>> certificate = truth.with_report(report.to_json()).certificate
+    >>> certificate = truth.with_report(report).certificate
     >>> certificate.claims["connected"], certificate.prompts["generator"]
     (5, 'toys')
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from mechinterp.errors import GraphError
 from mechinterp.graph.circuit import Circuit
@@ -11,20 +12,23 @@ from mechinterp.graph.nodes import counted
 __all__ = ["check_circuit", "check_everywhere"]
 
 
-def check_circuit(circuit: object) -> None:
-    """Refuse what is not a `Circuit`.
+def check_circuit(circuit: object, order: str = "the circuit comes first, then model and task") -> None:
+    """Refuse what is not a `Circuit`, and say in which order the arguments come.
 
     Raises
     ------
     GraphError
-        A file's name, or something else.
+        A file's name, several circuits by name, such as a toy's truths, or something else.
     """
     if isinstance(circuit, str | os.PathLike):
         raise GraphError(f"the name {os.fspath(circuit)!r} was given where a circuit belongs; load it: mi.Circuit.load(path)")
-    if not isinstance(circuit, Circuit):
+    if isinstance(circuit, Mapping) and circuit and all(isinstance(each, Circuit) for each in circuit.values()):
+        chosen = "resample" if "resample" in circuit else next(iter(circuit))
         raise GraphError(
-            f"a {type(circuit).__name__} was given where a circuit belongs: the circuit comes first, then model and task"
+            f"several circuits ({', '.join(map(str, circuit))}) were given where one belongs; choose one: truth[{chosen!r}]"
         )
+    if not isinstance(circuit, Circuit):
+        raise GraphError(f"a {type(circuit).__name__} was given where a circuit belongs: {order}")
 
 
 def check_everywhere(circuit: Circuit, what: str) -> None:

@@ -369,9 +369,23 @@ class Circuit:
 
     # --- taking it elsewhere
 
-    def with_report(self, report: Mapping[str, Any]) -> Circuit:
-        """The same circuit with an evaluation's numbers, which are saved with it."""
-        return replace(self, report=report)
+    def with_report(self, report: object) -> Circuit:
+        """The same circuit with an evaluation's numbers, which are saved with it: `mechinterp.evaluate`'s report, or its data.
+
+        Raises
+        ------
+        GraphError
+            Neither a mapping, nor anything that has ``to_json()``.
+        """
+        # Asked by what it has: graphs know no evaluation.
+        to_json = getattr(report, "to_json", None)
+        told = to_json() if callable(to_json) and not isinstance(report, type) else report
+        if not isinstance(told, Mapping):
+            raise GraphError(
+                f"a {type(report).__name__} was given as a report: report = mi.evaluate(circuit, model, task, seed=0), "
+                "then circuit.with_report(report)"
+            )
+        return replace(self, report=told)
 
     def collapse(self) -> nx.DiGraph[str]:
         """The circuit as a plain DiGraph: parallel edges at different ports become one.

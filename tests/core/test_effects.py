@@ -128,11 +128,13 @@ def test_tables() -> None:
 
 def test_repr() -> None:
     assert repr(grid()) == (
-        "Effects: patching z; 2 layer x 3 head, 4 prompts; strongest L0.H0.z -10.500, L1.H2.z +9.500, L0.H1.z -6.500"
+        "Effects: patching z; 2 layers x 3 heads, 4 prompts; strongest L0.H0.z -10.500, L1.H2.z +9.500, L0.H1.z -6.500"
     )
     assert repr(edges()) == (
-        "Effects: EAP; 3 edge, 2 prompts; strongest a0.h0->m0 -4.000, embed->a0.h0<q> +2.000, m0->logits +0.250"
+        "Effects: EAP; 3 edges, 2 prompts; strongest a0.h0->m0 -4.000, embed->a0.h0<q> +2.000, m0->logits +0.250"
     )
+    one = mi.Effects("x", ("site", "pos"), {"site": ("L0.z",), "pos": (0, 1)}, torch.ones(1, 2, 1))
+    assert repr(one).startswith("Effects: x; 1 site x 2 pos, 1 prompt; strongest ")
 
 
 # -- pictures --------------------------------------------------------------------------------------

@@ -255,6 +255,37 @@ def test_headline_table_and_plain_data() -> None:
     assert agreement_of(exact * 0, exact * 0).to_json()["pearson"] is None
 
 
+def test_ranks_of_rounding_noise_are_said_to_be_that() -> None:
+    toy = mi.toys.induction(n=8)
+    scores = mi.attribute(toy.model, toy.task, unit="edge", steps=5)
+    found = mi.compare_to_exact(scores, toy.model, toy.task, seed=0)
+    # A perfect ranking by its own measure: the noise of those without an effect is what the ranks compare.
+    assert mi.auroc(scores, toy.truth["resample"]) == 1.0
+    assert (len(found.edges), int(found.beyond_rounding.sum()), found.top, found.mostly_rounding) == (200, 5, (10, 100), True)
+    caution = (
+        "  caution: 5 of 200 edges have an exact effect beyond rounding; the others rank by noise, so that the rank "
+        "correlation, and the top k for any k above 5, say little"
+    )
+    assert repr(found).split("\n")[3] == caution and caution in found._repr_html_()
+    # Instead of the top 10 and 100 the top of all that there is.
+    assert "beyond rounding; overlap among those compared: top 5: 1.00\n" in repr(found)
+    assert found.to_json()["overlap"] == {"5": 1.0}
+    assert f"\nPearson {found.pearson:.2f}, same sign 1.00" in found.plot().axes[0].get_title()
+    assert "overlap among those compared: top 4: " in repr(replace(found, top=(4, 5, 6)))
+    assert list(replace(found, top=(4, 5, 6)).to_json()["overlap"]) == ["4", "5"]
+    nothing = agreement_of(torch.ones(20, 1), torch.zeros(20, 1))
+    assert "overlap among those compared: too few for a top\n" in repr(nothing) and "caution: 0 of 20 edges have" in repr(nothing)
+    # Half of them are enough.
+    estimate, exact = drawn(20)
+    exact[10:] = 0.0
+    exact[:10] += exact[:10].sign()
+    half = agreement_of(estimate, exact)
+    assert int(half.beyond_rounding.sum()) == 10 and "caution" not in repr(half) and "top 10: " in repr(half)
+    assert "\nrank correlation " in half.plot().axes[0].get_title()
+    exact[1:10] = 0.0
+    assert "caution: 1 of 20 edges has an exact effect" in repr(agreement_of(estimate, exact))
+
+
 def test_picture() -> None:
     estimate, exact = drawn(30)
     exact[-1], estimate[-1] = 2.0, torch.tensor([1.0, -1.0, 0.1])

@@ -70,10 +70,11 @@ def test_sentences(one: Any, circuit: mi.Circuit, scores: mi.Effects) -> None:
         "what follows was asked on 3 of the prompts",
         f"everything but the circuit has faithfulness {report.further['without']:.3f}",
         "incompleteness ",
-        "minimality: the median drop without one of 12 edges is ",
+        "minimality, 12 edges removed one at a time: the median drop is ",
         "faithfulness under other ablations: zero ",
         "hypotheses of an ideal circuit: equivalence p ",
-        f"{report.further['hypotheses']['needless']} of 12 edges do no more than random ones; the circuit is the model's equal",
+        f"{report.further['hypotheses']['needless']} of 12 edges do no more than random ones; that the circuit does as well as "
+        "the model, within a margin, is ",
         "over all sizes CPR ",
         f"chosen again from {len(one.task)} resampled prompts: Jaccard ",
     ]
@@ -83,6 +84,24 @@ def test_sentences(one: Any, circuit: mi.Circuit, scores: mi.Effects) -> None:
     # Each size once: of few edges several shares come to none.
     sizes = [point.split(":")[0] for point in lines[-2].split("connected edges ")[1].split(", ")]
     assert sizes == list(map(str, dict.fromkeys(report.further["curve"]["connected"]))) and "0" in sizes
+
+
+@pytest.mark.parametrize(
+    ("p", "said"), [(0.284, "is not shown (p 0.284)"), (0.05, "is not shown (p 0.05)"), (0.003, "is shown (p 0.003)")]
+)
+def test_equality_is_shown_or_not(p: float, said: str) -> None:
+    tests = {"p": {"equivalence": 1.0}, "p_same": p, "rejected": [], "needless": 1, "edges": 5}
+    assert list(told({"hypotheses": tests})) == [
+        "hypotheses of an ideal circuit: equivalence p 1; rejected: none",
+        f"1 of 5 edges do no more than random ones; that the circuit does as well as the model, within a margin, {said}",
+    ]
+
+
+def test_edges_are_removed_one_at_a_time() -> None:
+    drops = {"edges": 5, "median": 0.1, "least": 0.0, "no_drop": 2}
+    assert list(told({"minimality": drops})) == [
+        "minimality, 5 edges removed one at a time: the median drop is 0.1000; 2 of them can go, each alone, without a drop"
+    ]
 
 
 def test_what_is_asked_in_vain(one: Any, circuit: mi.Circuit, scores: mi.Effects) -> None:

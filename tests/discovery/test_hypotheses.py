@@ -98,6 +98,9 @@ def test_a_planted_circuit_is_not_rejected_and_a_padded_one_is() -> None:
     assert ideal.provenance["forwards"] == 2 + 1 + len(truth) + 1 + 2 + 1 + 2 * 12 + 1
     sure = mi.check_hypotheses(truth, toy.model, toy.task, ablation="zero", seed=0, epsilon=0.4, inflated=1)
     assert sure.equivalence.p_same == pytest.approx(binom.cdf(4, 8, 0.9))
+    # A large p is no equality.
+    assert f", 8 ties; that it is within 0.1 of even is not shown, p {ideal.equivalence.p_same:.3g})" in repr(ideal)
+    assert f", 8 ties; that it is within 0.4 of even is shown, p {sure.equivalence.p_same:.3g})" in repr(sure)
     idle = ["a0.h0->logits", "embed->a0.h0<v>"]
     padded = truth | mi.Circuit.from_edges(toy.model, idle)
     found = mi.check_hypotheses(padded, toy.model, toy.task, ablation="zero", seed=0, inflated=12)

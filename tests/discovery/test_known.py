@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 import mechinterp as mi
@@ -86,3 +88,37 @@ def test_refusals() -> None:
         mi.compare_to_known(other, TRUTH)
     with pytest.raises(GraphError, match="the known circuit has no edge, so there is nothing to find"):
         mi.compare_to_known(TRUTH, mi.Circuit.empty(SHAPE))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_what_is_no_circuit() -> None:
+    scores = mi.Effects("x", ("edge",), {"edge": (tuple(V),)}, torch.ones(1, 2))
+    truths: Any = mi.toys.induction(n=4).truth
+    each = (lambda: mi.auroc(scores, truths), lambda: mi.compare_to_known(TRUTH, truths))
+    for call in each:
+        with pytest.raises(GraphError) as caught:
+            call()
+        assert str(caught.value) == (
+            f"several circuits ({', '.join(truths)}) were given where one belongs; choose one: truth['resample']"
+        )
+    wrong: dict[str, Any] = {
+        "a Effects was given where a circuit belongs: the scores come first, then the known circuit": (mi.auroc, TRUTH, scores),
+        "a list was given where a circuit belongs: scores come first, mi.attribute(model, task, unit='edge'), then the "
+        "known circuit": (mi.auroc, [1.0], TRUTH),
+        "scores were given where a circuit belongs: choose edges first, mi.discover(model, task, edges=...), or rank all of "
+        "them, mi.auroc(scores, truth)": (mi.compare_to_known, scores, TRUTH),
+        "a dict was given where a circuit belongs: the circuit that was found comes first, then the known one": (
+            mi.compare_to_known,
+            {V: 1.0},
+            TRUTH,
+        ),
+        "the name 'c1.json' was given where a circuit belongs; load it: mi.Circuit.load(path)": (
+            mi.compare_to_known,
+            TRUTH,
+            "c1.json",
+        ),
+    }
+    for message, (ask, first, second) in wrong.items():
+        with pytest.raises(GraphError) as caught:
+            ask(first, second)
+        assert str(caught.value) == message

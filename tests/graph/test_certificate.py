@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mechinterp.errors import FileFormatError
+from mechinterp.errors import FileFormatError, GraphError
 from mechinterp.graph import Circuit, GraphShape
 from mechinterp.graph.certificate import VERSION
 
@@ -53,6 +53,15 @@ def test_a_circuit_without_an_evaluation_has_none() -> None:
     circuit = Circuit.from_edges(SHAPE, ["embed->logits"])
     assert circuit.certificate is None
     assert circuit.with_report({"faithfulness": 0.9}).certificate is None
+
+
+@pytest.mark.parametrize(("given", "name"), [(0.9, "float"), ("report.json", "str"), (None, "NoneType")])
+def test_what_is_no_report(given: object, name: str) -> None:
+    with pytest.raises(GraphError) as caught:
+        Circuit.from_edges(SHAPE, ["embed->logits"]).with_report(given)
+    assert str(caught.value) == (
+        f"a {name} was given as a report: report = mi.evaluate(circuit, model, task, seed=0), then circuit.with_report(report)"
+    )
 
 
 def test_the_first_version_judged_on_the_other_half() -> None:

@@ -211,7 +211,7 @@ def test_what_results_say(pair: Callable[[str], Pair], task: mi.Task) -> None:
     assert found.quantity == "direct logit diff by component"
     assert found.provenance["metric"] == "logit_diff"
     assert found.provenance["pos"] == "answer"
-    assert repr(found).startswith("Effects: direct logit diff by component; 32 node, 3 prompts; strongest ")
+    assert repr(found).startswith("Effects: direct logit diff by component; 32 nodes, 3 prompts; strongest ")
     assert mi.direct_logits(gpt2, task, by="layer").coords["node"] == (
         "embed", "pos_embed", "L0", "L1", "L2", "L3", "norm.bias", "unembed.bias",
     )  # fmt: skip

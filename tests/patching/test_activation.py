@@ -337,7 +337,7 @@ def test_provenance_and_headline(setting: Any) -> None:
     }
     assert (said["task"], said["model"]) == ("random", setting.model.name)
     assert said["versions"]["torch"] == torch.__version__.split("+")[0] or said["versions"]["torch"] == torch.__version__
-    assert repr(effects).startswith("Effects: patching z (denoise); 2 layer x 4 head, 5 prompts; strongest L")
+    assert repr(effects).startswith("Effects: patching z (denoise); 2 layers x 4 heads, 5 prompts; strongest L")
     frame = effects.to_frame()
     assert list(frame.columns)[:3] == ["layer", "head", "value"]
     strongest = frame.value.abs().idxmax()
