@@ -223,6 +223,7 @@ def evaluate(
     ratios = (outs.circuits[0] - outs.empty) / (outs.clean - outs.empty)
     rows = draws(len(task), resamples=resamples, seed=seed)
     spread = faithfulness(outs.circuits[:, rows], outs.clean[rows], outs.empty[rows])
+    interval = interval_of(spread[0], confidence)
     options: dict[str, Any] = {"ablation": ablation, "metric": metric, "progress": progress}
     few = task[:thorough_prompts] if thorough else task
     further, more = look_further(circuit, model, few, seed=seed, scores=scores, **options) if thorough else ({}, 0)
@@ -235,7 +236,7 @@ def evaluate(
         corrupt=float(outs.corrupt.mean()),
         circuit=float(outs.circuits[0].mean()),
         faithfulness=float(values[0]),
-        faithfulness_interval=interval_of(spread[0], confidence),
+        faithfulness_interval=interval,
         mean_of_ratios=mean_of_ratios(outs.circuits[0], outs.clean, outs.empty),
         random_faithfulness=tuple(values[1:].tolist()),
         random_interval=interval_of(spread[1:].flatten(), confidence) if rivals else None,
@@ -253,7 +254,7 @@ def evaluate(
         seconds=round(time.perf_counter() - started, 1),
         empty=float(outs.empty.mean()),
         confidence=confidence,
-        caveats=(*_overlap(circuit, task), *_caveats(outs.clean - outs.empty, ratios), *_nothing(circuit, spread[0], confidence)),
+        caveats=(*_overlap(circuit, task), *_caveats(outs.clean - outs.empty, ratios), *_nothing(circuit, interval)),
         kl=float(outs.also["kl"][0].mean()) if "kl" in outs.also else None,
         resamples=resamples,
         further=further,
@@ -273,9 +274,9 @@ def _overlap(circuit: Circuit, task: Task) -> Iterator[str]:
         yield "the circuit was found on some or all of these prompts, which flatters it; judge it on held-out ones: task.split"
 
 
-def _nothing(circuit: Circuit, spread: Tensor, confidence: float) -> Iterator[str]:
+def _nothing(circuit: Circuit, interval: tuple[float, float]) -> Iterator[str]:
     """Whether the circuit carries no more than everything ablated, as far as these prompts tell; and what may be done."""
-    low, high = interval_of(spread, confidence)
+    low, high = interval
     if not circuit.n_connected:
         if len(circuit):
             yield "no edge lies on a path from the embedding to the logits: this is as good as the empty circuit"

@@ -187,9 +187,8 @@ def outside_of(circuit: Circuit, layout: Layout) -> Tensor:
     mask = torch.zeros(len(layout.readers), len(layout.writers))
     for group in layout.groups:
         mask[group.readers.start : group.readers.stop, : group.n_writers] = 1.0
-    writers = {name: i for i, name in enumerate(layout.writers)}
-    readers = {reader: i for i, reader in enumerate(layout.readers)}
-    mask[[readers[edge.dst, edge.port] for edge in circuit.edges], [writers[edge.src] for edge in circuit.edges]] = 0.0
+    readers = [layout.reader_at[edge.dst, edge.port] for edge in circuit.edges]
+    mask[readers, [layout.writer_at[edge.src] for edge in circuit.edges]] = 0.0
     return mask
 
 
@@ -202,12 +201,10 @@ def outside_at(circuit: Circuit, layout: Layout, spans: Spans) -> Tensor:
         A span of the circuit that the prompts do not have.
     """
     mask = outside_of(circuit, layout).expand(len(spans.names), -1, -1).clone()
-    writers = {name: i for i, name in enumerate(layout.writers)}
-    readers = {reader: i for i, reader in enumerate(layout.readers)}
     for edge, kept in circuit.spans.items():
         cut = torch.ones(len(spans.names))
         cut[[spans.place(name) for name in kept]] = 0.0
-        mask[:, readers[edge.dst, edge.port], writers[edge.src]] = cut
+        mask[:, layout.reader_at[edge.dst, edge.port], layout.writer_at[edge.src]] = cut
     return mask
 
 

@@ -189,8 +189,7 @@ def plan_edges(
     layout = layout_of(model)
     chosen, positions = _chosen(layout, edges), _positions(task, over)
     sites = _reader_sites(layout)
-    reader = {(node, port): i for i, (node, port) in enumerate(layout.readers)}
-    cells = [[_at(sites[reader[edge.dst, edge.port]], pos)] for edge in chosen for pos in positions]
+    cells = [[_at(sites[layout.reader_at[edge.dst, edge.port]], pos)] for edge in chosen for pos in positions]
     start = int(task.first_difference.min())
     return plan_runs(model, task, cells, start=start, metric=resolve_metric(metric, task), memory=memory)
 
@@ -270,10 +269,8 @@ class _EdgeCells(Sequence[Cell]):
         self.runs, self.positions = runs, positions
         self.sites = _reader_sites(layout)
         self.groups = [group for group in layout.groups for _ in group.readers]
-        writers = {name: i for i, name in enumerate(layout.writers)}
-        readers = {reader: i for i, reader in enumerate(layout.readers)}
-        self.src = [writers[edge.src] for edge in edges]
-        self.dst = [readers[edge.dst, edge.port] for edge in edges]
+        self.src = [layout.writer_at[edge.src] for edge in edges]
+        self.dst = [layout.reader_at[edge.dst, edge.port] for edge in edges]
         self.start = runs.start
         width = runs.model.cfg.d_model
         wide = torch.promote_types(runs.model.dtype, torch.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from einops import einsum, rearrange
@@ -62,6 +62,16 @@ class Layout:
     edges: tuple[Edge, ...]
     src: tuple[int, ...]
     dst: tuple[int, ...]
+
+    @cached_property
+    def writer_at(self) -> dict[str, int]:
+        """Where each node is among the writers."""
+        return {name: i for i, name in enumerate(self.writers)}
+
+    @cached_property
+    def reader_at(self) -> dict[tuple[str, str], int]:
+        """Where each node and port is among the readers."""
+        return {reader: i for i, reader in enumerate(self.readers)}
 
     @property
     def written(self) -> Selection:
